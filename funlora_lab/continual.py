@@ -1,0 +1,269 @@
+"""Class-incremental learning as a generator of named events (Algorithm 1 of the paper).
+
+For every task: the generator learns the new classes, draws the samples of every class seen so far, a classifier is
+trained from scratch (on real images at task 1, afterwards on samples alone), and it is scored on real test images of
+all classes seen. The command, the notebooks and the widgets print and draw from the events; the loop knows none of
+them.
+
+Events (each a dictionary with ``event``): ``run``, ``loss``, ``samples``, ``accuracy``, ``result``. Those read back
+from disk instead of computed now carry ``replayed``.
+"""
+
+import json
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from funlora_lab import __version__, data, metrics
+from funlora_lab import classifier as classifiers
+from funlora_lab.config import Experiment
+from funlora_lab.data import Images, to_floats
+from funlora_lab.errors import LabError
+from funlora_lab.flow import flow_loss
+from funlora_lab.generators import Source, Work, generator_of
+from funlora_lab.sampling import draw
+from funlora_lab.store import Run, Stage, Store, locked
+from funlora_lab.streams import Shuffle, stream
+from funlora_lab.training import Event, Plan, Runtime, fit
+
+
+def provenance(device: torch.device) -> dict:
+    """Where and with what a result was made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = ("torch", "torchvision", "torchdiffeq", "numpy")
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def pick_device(word: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; raises LabError when it is not there."""
+    if word == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise LabError(f"device={word}: accepted is auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise LabError(f"device={word}: accepted is auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LabError(f"device={word}: no CUDA device is available here; accepted is auto or cpu.")
+    return device
+
+
+def train_classifier(work: Work, classes: list[int], images: Images, origin: dict) -> Iterator[Event]:
+    """Train a classifier of ``classes`` from scratch on ``images`` and let it label the real test images.
+
+    Returns (network, predicted classes of the test images of ``classes``, their true classes). ``origin`` says in the
+    stage's key where the images come from.
+    """
+    e, device = work.experiment, work.runtime.device
+    stage = work.store.stage(
+        "classifier",
+        origin=origin,
+        classes=classes,
+        seed=e.seed,
+        flip=e.flip,
+        precision=e.precision,
+        data=work.dataset.fingerprint,
+        settings=e.select("classifier", "crop", "image_size", "channels"),
+    )
+    net = classifiers.build(e, len(classes), len(classes)).to(device)
+    if stage.done:
+        yield from work.replay(stage)
+    else:
+        yield from _fit_classifier(work, stage, net, classes, images)
+    tensors, facts = stage.result()
+    predicted, true = tensors.pop("predicted"), tensors.pop("true")
+    net.load_state_dict(tensors)
+    work.seconds[stage.key] = facts["seconds"]
+    return net.eval(), predicted, true
+
+
+def _fit_classifier(work: Work, stage: Stage, net, classes: list[int], images: Images) -> Iterator[Event]:
+    e, device = work.experiment, work.runtime.device
+    stage.open()
+    position = torch.full((max(classes) + 1,), -1)
+    position[torch.tensor(classes)] = torch.arange(len(classes))
+    local = Images(images.pixels.to(device), position[images.labels].to(device))
+    batch = min(e.classifier_batch, len(images))
+    steps = e.classifier_epochs * -(-len(images) // batch)
+    shuffle = Shuffle(len(images), e.seed, "classifier order", len(classes))
+    parameters = dict(net.named_parameters())
+    optimizer = torch.optim.SGD(
+        parameters.values(),
+        lr=e.classifier_lr,
+        momentum=e.classifier_momentum,
+        weight_decay=e.classifier_weight_decay,
+        nesterov=e.classifier_momentum > 0,
+    )
+
+    def loss_at(step: int) -> Tensor:
+        net.train()
+        order = shuffle.batch(step, batch).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=e.precision == "bf16"):
+            return classifiers.classifier_loss(net, e, local, order, step, "classifier", len(classes))[None]
+
+    plan = Plan(steps, batch, e.classifier_lr, "one-cycle", log_every=e.log_every)
+    labels = [{"stage": "classifier", "classes": len(classes)}]
+    _, facts = yield from fit(
+        stage, plan, optimizer, parameters, loss_at, work.runtime, labels, buffers=dict(net.named_buffers())
+    )
+    test = work.dataset.test.of(classes)
+    predicted = torch.tensor(classes)[classifiers.predict(net, test.pixels)]
+    stage.finish(dict(net.state_dict()) | {"predicted": predicted, "true": test.labels}, **facts)
+
+
+def held_out_loss(work: Work, source: Source, cls: int, draws: int = 8) -> float | None:
+    """Flow-matching loss on the held-out images of a class, with ``draws`` fixed noises and times an image."""
+    images = work.dataset.valid.of(cls)
+    if not len(images):
+        return None
+    device, velocity = work.runtime.device, source.velocity()
+    losses = []
+    for k in range(draws):
+        generator = stream(0, "held out", cls, k)
+        x1 = to_floats(images.pixels)
+        x0 = torch.randn(x1.shape, generator=generator)
+        t = (torch.rand(len(x1), generator=generator) + torch.arange(len(x1))) / len(x1)  # one in every slice of [0, 1]
+        with torch.no_grad():
+            losses.append(flow_loss(velocity, x1.to(device), x0.to(device), t.to(device)).mean().item())
+    return mean(losses)
+
+
+def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | None = None) -> Iterator[Event]:
+    """Run an experiment, or the rest of it, or read back its stored events when it is complete.
+
+    Raises LabError for bad configurations before anything is written, and Stopped when the runtime asks for it.
+    """
+    runtime = runtime or Runtime()
+    record = Run.of(experiment, home)
+    if record.results():
+        for event in record.events():
+            yield {**event, "replayed": True}
+        return
+    dataset = data.load(experiment)
+    tasks = data.tasks(experiment, len(dataset.classes))
+    work = Work(experiment, dataset, tasks, Store(record.folder.parent), runtime)
+    learner = generator_of(work)
+    if learner is not None:
+        learner.check()
+    about = provenance(runtime.device)
+    record.open(about)
+    with locked(record.folder), open(record.log_file, "w") as log:
+        results = {}
+        for event in _run(work, learner):
+            if event["event"] == "result":
+                results = event = event | {"run": str(record.folder), "provenance": about}
+            kept = {key: value for key, value in event.items() if key != "replayed"}
+            log.write(json.dumps(kept) + "\n")
+            log.flush()
+            if event["event"] != "result":
+                yield event
+        record.finish(results)
+    yield results
+
+
+def _run(work: Work, learner) -> Iterator[Event]:
+    e, dataset, tasks = work.experiment, work.dataset, work.tasks
+    yield {
+        "event": "run",
+        "preset": e.preset,
+        "method": e.method,
+        "seed": e.seed,
+        "classes": list(dataset.classes),
+        "tasks": tasks,
+    }
+    everything = [cls for classes in tasks for cls in classes]
+    judge, *upper = yield from train_classifier(work, everything, dataset.train.of(everything), {"real": everything})
+    judge_seconds = dict(work.seconds)
+
+    matrix: list[list[float]] = []
+    samples: dict[int, Tensor] = {}
+    sample_seconds: dict[str, float] = {}
+    predicted, true = upper
+    for k, new in enumerate(tasks):
+        seen = everything[: sum(map(len, tasks[: k + 1]))]
+        if learner is not None:
+            yield from learner.learn(k)
+            for cls in seen:
+                samples[cls] = yield from _draw(work, learner.source(cls), cls, sample_seconds)
+        if k == 0 or learner is None:
+            images, origin = dataset.train.of(seen), {"real": seen}
+        else:
+            images = Images(
+                torch.cat([samples[cls] for cls in seen]),
+                torch.cat([torch.full((len(samples[cls]),), cls) for cls in seen]),
+            )
+            keys = {str(cls): sample_stage(work, learner.source(cls), cls).key for cls in seen}
+            origin = {"samples": keys, "count": e.samples_per_class}
+        _, predicted, true = yield from train_classifier(work, seen, images, origin)
+        correct = predicted == true
+        matrix.append([correct[torch.isin(true, torch.tensor(task))].float().mean().item() for task in tasks[: k + 1]])
+        yield {
+            "event": "accuracy",
+            "task": k + 1,
+            "of": len(tasks),
+            "classes": new,
+            "per_task": matrix[-1],
+            "average": metrics.average_accuracies(matrix)[-1],
+        }
+
+    new_classes = everything[len(tasks[0]) :]
+    recognised, losses = {}, {}
+    if learner is not None:
+        for cls in everything:
+            recognised[cls] = _recognised(judge, everything, samples[cls], cls)
+            losses[cls] = held_out_loss(work, learner.source(cls), cls)
+    if learner is not None:  # the judge is not part of the method: its training is not part of the cost
+        work.seconds = {k: v for k, v in work.seconds.items() if k not in judge_seconds}
+    known = [losses[cls] for cls in new_classes if losses.get(cls) is not None]
+    confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.long)
+    confusion.index_put_((true, predicted), torch.ones_like(true), accumulate=True)
+    yield {
+        "event": "result",
+        "preset": e.preset,
+        "method": e.method,
+        "seed": e.seed,
+        "LA": metrics.last_accuracy(matrix),
+        "AIA": metrics.average_incremental_accuracy(matrix),
+        "PPC": learner.parameters_per_class if learner else 0,
+        "recognition": mean(recognised[cls] for cls in new_classes) if recognised else None,
+        "flow_loss": mean(known) if known else None,
+        "seconds": sum(work.seconds.values()) + sum(sample_seconds.values()),
+        "accuracy": matrix,
+        "recognition_per_class": {str(cls): value for cls, value in recognised.items()},
+        "flow_loss_per_class": {str(cls): value for cls, value in losses.items()},
+        "upper_bound_real": (upper[0] == upper[1]).float().mean().item(),
+        "confusion": confusion.tolist(),
+    }
+
+
+def sample_stage(work: Work, source: Source, cls: int) -> Stage:
+    e = work.experiment
+    solver = {"solver": e.solver} | ({"tolerance": e.tolerance} if e.solver == "dopri5" else {"steps": e.steps})
+    return work.store.stage(
+        "samples", weights=source.key, cls=cls, seed=e.seed, chunk=e.chunk, precision=e.precision, **solver
+    )
+
+
+def _draw(work: Work, source: Source, cls: int, seconds: dict[str, float]) -> Iterator[Event]:
+    stage = sample_stage(work, source, cls)
+    count = work.experiment.samples_per_class
+    images, seconds[stage.key] = yield from draw(stage, source.velocity, work.experiment, cls, count, work.runtime)
+    return images
+
+
+def _recognised(judge, order: list[int], samples: Tensor, cls: int) -> float:
+    """Share of a class's samples that the classifier trained on real images takes for that class."""
+    return (torch.tensor(order)[classifiers.predict(judge, samples)] == cls).float().mean().item()

@@ -1,0 +1,131 @@
+"""Images and labels as tensors, the order of classes, and their division into tasks.
+
+Images are uint8 (N, C, H, W) and become floats in [-1, 1] only inside a training step.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funlora_lab.config import Experiment
+from funlora_lab.errors import LabError
+from funlora_lab.streams import stream
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 -> floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] -> uint8, rounded and clipped: how samples are stored, like the images they imitate."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels uint8 (N, C, H, W) and labels int64 (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of(self, classes: list[int] | int) -> "Images":
+        """Only the images of one class or several, in their stored order."""
+        wanted = torch.tensor([classes] if isinstance(classes, int) else classes)
+        keep = torch.isin(self.labels, wanted)
+        return Images(self.pixels[keep], self.labels[keep])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``train`` to learn from, ``valid`` (held out of the training images) for choices, ``test`` for the score."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    valid: Images
+    test: Images
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every pixel and label: what an artefact trained on these images depends on."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.train, self.valid, self.test):
+            digest.update(part.pixels.numpy().tobytes())
+            digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _digits(experiment: Experiment) -> tuple[tuple[str, ...], Images, Images]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels and 17 grey levels, with a fixed stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    source = load_digits()
+    pixels = torch.from_numpy(np.rint(source.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(source.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    part = {name: Images(pixels[index], labels[index]) for name, index in (("train", train), ("test", test))}
+    return tuple("0123456789"), part["train"], part["test"]
+
+
+def _missing(experiment: Experiment) -> tuple[tuple[str, ...], Images, Images]:
+    raise LabError(f"data={experiment.data} cannot be read yet: accepted is digits.")
+
+
+SOURCES = {"digits": _digits, "cifar10": _missing, "cifar100": _missing, "folder": _missing}
+
+
+def _hold_out(images: Images, fraction: float, classes: int) -> tuple[Images, Images]:
+    """(train, valid): a fixed share of every class held out, the same for every seed of an experiment."""
+    held = torch.zeros(len(images), dtype=torch.bool)
+    for cls in range(classes):
+        mine = (images.labels == cls).nonzero()[:, 0]
+        order = torch.randperm(len(mine), generator=stream(0, "valid", cls))
+        held[mine[order[: round(fraction * len(mine))]]] = True
+    return Images(images.pixels[~held], images.labels[~held]), Images(images.pixels[held], images.labels[held])
+
+
+def load(experiment: Experiment) -> Dataset:
+    """The experiment's images; raises LabError when they are missing or do not fit the experiment."""
+    classes, train, test = SOURCES[experiment.data](experiment)
+    C, H, W = train.pixels.shape[1:]
+    if (C, H, W) != (experiment.channels, experiment.image_size, experiment.image_size):
+        raise LabError(
+            f"image_size={experiment.image_size} with channels={experiment.channels}: "
+            f"accepted for data={experiment.data} is image_size={H} with channels={C}."
+        )
+    train, valid = _hold_out(train, experiment.valid_fraction, len(classes))
+    return Dataset(experiment.data, classes, train, valid, test)
+
+
+def class_order(order: str, classes: int) -> list[int]:
+    """The order in which classes are learned: natural, shuffled-SEED, or indices such as 3,0,1,2."""
+    if order == "natural":
+        return list(range(classes))
+    if order.startswith("shuffled-"):
+        seed = int(order.removeprefix("shuffled-"))
+        return torch.randperm(classes, generator=stream(seed, "class order")).tolist()
+    indices = [int(word) for word in order.split(",")]
+    if sorted(indices) != list(range(classes)):
+        raise LabError(f"class_order={order}: accepted is every class index from 0 to {classes - 1} exactly once.")
+    return indices
+
+
+def tasks(experiment: Experiment, classes: int) -> list[list[int]]:
+    """The classes of every task; ``split=a-b`` gives task 1 a classes and every later task b."""
+    first, later = (int(word) for word in experiment.split.split("-"))
+    order = class_order(experiment.class_order, classes)
+    if first > classes or (classes - first) % later:
+        raise LabError(
+            f"split={experiment.split}: {classes} classes cannot be divided into {first} and then {later} at a time; "
+            f"accepted is for example {classes // 5 or 1}-{classes // 5 or 1}."
+        )
+    return [order[:first]] + [order[i : i + later] for i in range(first, classes, later)]

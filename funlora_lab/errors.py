@@ -1,0 +1,12 @@
+"""The one exception whose message is meant for the person at the keyboard."""
+
+
+class LabError(Exception):
+    """Something outside the program is wrong; the message is one sentence that names it and what is accepted.
+
+    The command prints it without a traceback and exits with status 2; notebooks show it as it is.
+    """
+
+
+class Stopped(LabError):
+    """A run was asked to stop (time budget, signal, button); its state is saved and the same command resumes it."""

@@ -1,0 +1,349 @@
+"""How a generator comes to know classes, task after task: the methods of every comparison, behind one small interface.
+
+``learn(task)`` trains whatever the method trains at that task, yielding events; ``source(cls)`` then says, for any
+class learned so far, by which key its images are known and how to build its velocity. Everything else (samples,
+classifier, scores) is the same for all methods.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from funlora_lab.adapters import Adapters, Row, stack, unstack
+from funlora_lab.config import WHOLE_NETWORK, Experiment
+from funlora_lab.data import Dataset, Images, to_floats
+from funlora_lab.flow import Velocity, flow_loss
+from funlora_lab.store import Stage, Store
+from funlora_lab.streams import Shuffle, seeded, stream
+from funlora_lab.training import Event, Plan, Runtime, fit
+from funlora_lab.unet import UNet
+
+
+@dataclass
+class Work:
+    """What every stage needs: the experiment, its images and tasks, where artefacts lie, and where to compute."""
+
+    experiment: Experiment
+    dataset: Dataset
+    tasks: list[list[int]]
+    store: Store
+    runtime: Runtime
+    seconds: dict[str, float] = field(default_factory=dict)  # cost of every stage used, reused ones at first cost
+
+    def replay(self, stage: Stage) -> Iterator[Event]:
+        """A finished stage's events as they were logged, marked as replayed."""
+        for event in stage.events():
+            yield {**event, "replayed": True}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a class's images come from: the key of its weights, and a function that builds its velocity."""
+
+    key: str
+    velocity: Callable[[], Velocity]
+
+
+def build_unet(experiment: Experiment, classes: int) -> UNet:
+    """A fresh U-Net of the experiment's configuration; its first weights depend on the seed alone."""
+    e = experiment
+    with seeded(e.seed, "network weights", classes):
+        net = UNet(
+            e.image_size,
+            e.channels,
+            classes,
+            e.base_channels,
+            e.multipliers,
+            e.res_blocks,
+            e.attention,
+            e.head_channels,
+            e.norm_groups,
+            e.dropout,
+        )
+    return net
+
+
+def _autocast(experiment: Experiment, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bf16")
+
+
+def _noised(images: Images, order: Tensor, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(x1, x0, t) of one batch: images in [-1, 1], noise and times, all from one stream."""
+    device = images.pixels.device
+    x1 = to_floats(images.pixels[order.to(device)])
+    if flip:
+        mirrored = torch.rand(len(x1), generator=generator, device=device) < 0.5
+        x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
+    x0 = torch.randn(x1.shape, generator=generator, device=device)
+    t = torch.rand(len(x1), generator=generator, device=device)
+    return x1, x0, t
+
+
+def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: int, name: str) -> Iterator[Event]:
+    """Train the whole network on images whose labels are positions in its embedding, and finish the stage."""
+    e, device = work.experiment, work.runtime.device
+    stage.open()
+    net.to(device).train()
+    images = Images(images.pixels.to(device), images.labels.to(device))
+    shuffle = Shuffle(len(images), e.seed, name, "order")
+    parameters = dict(net.named_parameters())
+
+    def loss_at(step: int) -> Tensor:
+        order = shuffle.batch(step, e.base_batch)
+        x1, x0, t = _noised(images, order, e.flip, stream(e.seed, name, step, device=device))
+        y = images.labels[order.to(device)]
+        with seeded(e.seed, name, "dropout", step, device=device), _autocast(e, device):
+            return flow_loss(lambda t, x: net(t, x, y), x1, x0, t).mean()[None]
+
+    plan = Plan(
+        steps,
+        e.base_batch,
+        e.base_lr,
+        e.base_schedule,
+        e.base_warmup // e.base_batch,
+        e.base_ema,
+        e.base_ema_start // e.base_batch,
+        e.log_every,
+    )
+    optimizer = torch.optim.Adam(parameters.values(), lr=e.base_lr, fused=True)
+    result, facts = yield from fit(
+        stage, plan, optimizer, parameters, loss_at, work.runtime, [{"stage": name}], clip=e.grad_clip
+    )
+    stage.finish(result, **facts, batch=e.base_batch)
+
+
+class WholeNetwork:
+    """Shared by every method whose generator is a single network trained as a whole."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.net: UNet | None = None
+        self.key = ""
+        self.labels: list[int] = []  # class of each row of the network's embedding
+
+    def check(self) -> None:
+        """Raise LabError when the experiment does not fit the network; costs no memory and no time."""
+        with torch.device("meta"):
+            build_unet(self.work.experiment, 1)
+
+    def train(self, name: str, labels: list[int], images: Images, steps: int, **inputs) -> Iterator[Event]:
+        """Train (or load) the network on ``images``, from the current one if there is one, else from scratch."""
+        work, e = self.work, self.work.experiment
+        stage = work.store.stage(
+            "network",
+            name=name,
+            labels=labels,
+            steps=steps,
+            after=self.key,
+            data=work.dataset.fingerprint,
+            seed=e.seed,
+            flip=e.flip,
+            precision=e.precision,
+            unet=e.select(*UNET_FIELDS),
+            training=e.select("base_batch", "base_lr", "base_schedule", "base_warmup", "base_ema", "grad_clip"),
+            **inputs,
+        )
+        net = build_unet(e, len(labels))
+        if self.net is not None:
+            old = self.net.state_dict()
+            embedding = net.label_emb.weight.detach().clone()
+            embedding[: len(self.labels)] = old["label_emb.weight"].cpu()
+            net.load_state_dict(old | {"label_emb.weight": embedding})
+        if stage.done:
+            yield from work.replay(stage)
+        else:
+            position = {cls: i for i, cls in enumerate(labels)}
+            local = torch.tensor([position[c] for c in images.labels.tolist()])
+            yield from train_network(work, stage, net, Images(images.pixels, local), steps, name)
+        weights, facts = stage.result()
+        net.load_state_dict(weights)
+        work.seconds[stage.key] = facts["seconds"]
+        self.net, self.key, self.labels = net.to(work.runtime.device).eval().requires_grad_(False), stage.key, labels
+
+    def source(self, cls: int) -> Source:
+        position, net, device = self.labels.index(cls), self.net, self.work.runtime.device
+
+        def velocity() -> Velocity:
+            y = torch.tensor([position], device=device)
+            return lambda t, x: net(t, x, y.expand(len(x)))
+
+        return Source(f"{self.key}:{cls}", velocity)
+
+    @property
+    def parameters_per_class(self) -> int:
+        """A class adds nothing but its label embedding, since the whole network is trained again."""
+        return self.net.embedding
+
+
+UNET_FIELDS = (
+    "image_size",
+    "channels",
+    "base_channels",
+    "multipliers",
+    "res_blocks",
+    "attention",
+    "head_channels",
+    "norm_groups",
+    "dropout",
+)
+
+
+class FrozenBase(WholeNetwork):
+    """Algorithm 1: the whole network on task 1, then one row of adapter numbers for every later class."""
+
+    def __init__(self, work: Work):
+        super().__init__(work)
+        self.rows: dict[int, Row] = {}
+        self.keys: dict[int, str] = {}
+        self.adapters: Adapters | None = None
+
+    def learn(self, task: int) -> Iterator[Event]:
+        work, classes = self.work, self.work.tasks[task]
+        if task == 0:
+            yield from self.train("base", classes, work.dataset.train.of(classes), work.experiment.base_steps)
+            self.adapters = Adapters(self.net, work.experiment)
+            return
+        lanes = work.experiment.lanes or len(classes)
+        for first in range(0, len(classes), lanes):
+            yield from self.learn_side_by_side(classes[first : first + lanes])
+
+    def check(self) -> None:
+        with torch.device("meta"):
+            net = build_unet(self.work.experiment, 1)
+        Adapters(net, self.work.experiment).neutral()
+
+    def stage(self, cls: int) -> Stage:
+        """The stage of one class's adapter: independent of other classes, of their order and of their grouping."""
+        e = self.work.experiment
+        return self.work.store.stage(
+            "adapter",
+            base=self.key,
+            cls=cls,
+            data=self.work.dataset.fingerprint,
+            seed=e.seed,
+            flip=e.flip,
+            precision=e.precision,
+            method=e.select("method", "operation", "start", "functions", "ratio", "window", "label_embedding"),
+            rate=e.adapter_rate,
+            training=e.select("adapter_images", "adapter_batch", "adapter_schedule", "adapter_warmup", "adapter_ema"),
+        )
+
+    def learn_side_by_side(self, classes: list[int]) -> Iterator[Event]:
+        """Learn the adapters of some classes at once; what is stored is reused, what was interrupted goes on."""
+        work = self.work
+        group = self._group(classes)
+        missing = [cls for cls in classes if not self.stage(cls).done]
+        if group.done and not missing:
+            yield from work.replay(group)
+        elif missing:
+            if not group.state_file.exists():  # some may be stored from elsewhere: only the others are trained
+                for cls in classes:
+                    if cls not in missing:
+                        yield from work.replay(self.stage(cls))
+                classes_now, group = missing, self._group(missing)
+            else:
+                classes_now = classes
+            yield from self._train(classes_now, group)
+        else:
+            for cls in classes:
+                yield from work.replay(self.stage(cls))
+        for cls in classes:
+            stage = self.stage(cls)
+            row, facts = stage.result()
+            self.rows[cls], self.keys[cls] = row, stage.key
+            work.seconds[stage.key] = facts["seconds"]
+
+    def _group(self, classes: list[int]) -> Stage:
+        return self.work.store.stage("group", members=[self.stage(cls).key for cls in classes])
+
+    def _train(self, classes: list[int], group: Stage) -> Iterator[Event]:
+        e, device, adapters = self.work.experiment, self.work.runtime.device, self.adapters
+        K, N = len(classes), e.adapter_batch
+        group.open()
+        images = [self.work.dataset.train.of(cls) for cls in classes]
+        images = [Images(part.pixels.to(device), part.labels.to(device)) for part in images]
+        shuffles = [Shuffle(len(part), e.seed, "adapter", cls) for cls, part in zip(classes, images, strict=True)]
+        rows = stack([adapters.start(cls) for cls in classes])
+        parameters = {name: value.to(device).requires_grad_() for name, value in rows.items()}
+
+        def loss_at(step: int) -> Tensor:
+            batches = [
+                _noised(part, shuffle.batch(step, N), e.flip, stream(e.seed, "adapter", cls, step, device=device))
+                for cls, part, shuffle in zip(classes, images, shuffles, strict=True)
+            ]
+            x1, x0, t = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*batches, strict=True))  # (N*K, ...)
+            with _autocast(e, device):
+                return flow_loss(adapters.velocity(parameters, K), x1, x0, t).reshape(N, K).mean(0)
+
+        plan = Plan(
+            e.adapter_steps,
+            N,
+            e.adapter_rate,
+            e.adapter_schedule,
+            e.adapter_warmup // N,
+            e.adapter_ema,
+            e.adapter_ema_start // N,
+            e.log_every,
+        )
+        optimizer = torch.optim.Adam(parameters.values(), lr=e.adapter_rate, fused=True)
+        labels = [{"stage": "adapter", "class": cls} for cls in classes]
+        result, facts = yield from fit(group, plan, optimizer, parameters, loss_at, self.work.runtime, labels)
+        facts["seconds"] /= K
+        for cls, row in zip(classes, unstack(result, K), strict=True):
+            stage = self.stage(cls)
+            stage.open()
+            stage.resume()
+            for event in group.events():
+                if event.get("class") == cls:
+                    stage.log(event)
+            stage.finish(row, **facts, cls=cls, side_by_side=K)
+        group.finish({}, members=classes)
+
+    def source(self, cls: int) -> Source:
+        if cls in self.labels:
+            return super().source(cls)
+        row = {name: value.to(self.work.runtime.device)[None] for name, value in self.rows[cls].items()}
+
+        def velocity() -> Velocity:
+            with torch.no_grad():
+                return self.adapters.velocity(row, 1)
+
+        return Source(self.keys[cls], velocity)
+
+    @property
+    def parameters_per_class(self) -> int:
+        return self.adapters.parameters_per_class
+
+
+class FineTune(WholeNetwork):
+    """The naive way: the whole network is trained on each new task's images alone, and forgets."""
+
+    def learn(self, task: int) -> Iterator[Event]:
+        work, classes = self.work, self.work.tasks[task]
+        e = work.experiment
+        steps = e.base_steps if task == 0 else -(-e.adapter_images * len(classes) // e.base_batch)
+        name = "base" if task == 0 else f"fine-tune-{task + 1}"
+        yield from self.train(name, self.labels + classes, work.dataset.train.of(classes), steps)
+
+
+class GenerativeMultitask(WholeNetwork):
+    """The upper bound: one network trained on all classes at once, on as many images as an incremental run sees."""
+
+    def learn(self, task: int) -> Iterator[Event]:
+        if task:
+            return
+        work, e = self.work, self.work.experiment
+        everything = [cls for classes in work.tasks for cls in classes]
+        new = len(everything) - len(work.tasks[0])
+        steps = -(-(e.base_images + e.adapter_images * new) // e.base_batch)
+        yield from self.train("multitask", everything, work.dataset.train, steps)
+
+
+def generator_of(work: Work) -> WholeNetwork | None:
+    """The generator of the experiment's method; None for classifier-multitask, which draws no samples."""
+    method = work.experiment.method
+    if method not in WHOLE_NETWORK:
+        return FrozenBase(work)
+    return {"fine-tune": FineTune, "generative-multitask": GenerativeMultitask}.get(method, lambda work: None)(work)

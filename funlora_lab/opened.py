@@ -1,0 +1,118 @@
+"""A run opened for reading: what notebooks, pictures, exports and widgets ask of it.
+
+``open_run(experiment)`` finds the run by its configuration and trains whatever is missing, so notebooks may be opened
+in any order.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor
+
+from funlora_lab import continual, data
+from funlora_lab.adapters import Adapters, Row
+from funlora_lab.config import Experiment
+from funlora_lab.generators import FrozenBase, Source, WholeNetwork, Work, generator_of
+from funlora_lab.sampling import draw
+from funlora_lab.store import Run, Store
+from funlora_lab.training import Event, Runtime
+from funlora_lab.unet import UNet
+
+
+def exhaust(events) -> object:
+    """Run a generator of events to its end without looking at them; returns what it returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+class OpenRun:
+    """The results, log, weights and samples of one finished run, each read when first asked for."""
+
+    def __init__(self, run: Run, results: dict, runtime: Runtime):
+        self.run, self.results, self.runtime = run, results, runtime
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.run.experiment
+
+    @cached_property
+    def events(self) -> list[Event]:
+        return self.run.events()
+
+    @cached_property
+    def work(self) -> Work:
+        dataset = data.load(self.experiment)
+        tasks = data.tasks(self.experiment, len(dataset.classes))
+        return Work(self.experiment, dataset, tasks, Store(self.run.folder.parent), self.runtime)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.work.dataset.classes
+
+    @property
+    def tasks(self) -> list[list[int]]:
+        return self.work.tasks
+
+    @cached_property
+    def learner(self) -> WholeNetwork | None:
+        """The generator as it stands after the last task; None for classifier-multitask."""
+        learner = generator_of(self.work)
+        for task in range(len(self.tasks)):
+            if learner is not None:
+                exhaust(learner.learn(task))
+        return learner
+
+    @property
+    def network(self) -> UNet:
+        return self.learner.net
+
+    @property
+    def adapters(self) -> Adapters:
+        """The method over the base network (methods with a frozen base only)."""
+        return self.learner.adapters
+
+    def row(self, cls: int) -> Row:
+        """The numbers learned for one class (methods with a frozen base, classes after task 1)."""
+        assert isinstance(self.learner, FrozenBase)
+        return self.learner.rows[cls]
+
+    def source(self, cls: int) -> Source:
+        return self.learner.source(cls)
+
+    def samples(self, cls: int, count: int | None = None) -> Tensor:
+        """The first ``count`` samples of a class (default: as many as the run used), uint8 (count, C, H, W)."""
+        count = self.experiment.samples_per_class if count is None else count
+        source = self.source(cls)
+        stage = continual.sample_stage(self.work, source, cls)
+        images, _ = exhaust(draw(stage, source.velocity, self.experiment, cls, count, self.runtime))
+        return images
+
+    def losses(self, stage: str) -> pd.DataFrame:
+        """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""
+        rows = [event for event in self.events if event["event"] == "loss" and event["stage"] == stage]
+        return pd.DataFrame(rows).drop(columns="event")
+
+    @property
+    def averages(self) -> list[float]:
+        """A_k of Eq. 22 after every task."""
+        return [event["average"] for event in self.events if event["event"] == "accuracy"]
+
+
+def open_run(
+    experiment: Experiment,
+    device: str = "auto",
+    show: Callable[[Event], None] = lambda event: None,
+    home: Path | None = None,
+) -> OpenRun:
+    """The run of this configuration, trained first (or its rest) if it is not finished; ``show`` sees every event."""
+    runtime = Runtime(device=continual.pick_device(device))
+    results = {}
+    for event in continual.run(experiment, runtime, home):
+        show(event)
+        results = event
+    return OpenRun(Run.of(experiment, home), results, runtime)

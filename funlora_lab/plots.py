@@ -1,0 +1,128 @@
+"""Data -> matplotlib Figure, one function a figure; nothing here reads files or trains.
+
+Colours are told apart by colour-blind readers and in grey; every figure is legible at the size a notebook shows it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+INK, GRID = "#222222", "#d9d9d9"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
+    """uint8 images (N, C, H, W) laid out row by row with white gaps -> (height, width, C) array of bytes."""
+    N, C, H, W = images.shape
+    rows = -(-N // columns)
+    sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, C), 255, np.uint8)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = (i // columns) * (H + gap), (i % columns) * (W + gap)
+        sheet[top : top + H, left : left + W] = image
+    return sheet
+
+
+def show_sheet(axis, sheet: np.ndarray) -> None:
+    """Draw a tiled sheet on an axis without frame or ticks, pixels kept sharp."""
+    axis.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def sample_grid(rows: Sequence[tuple[str, Tensor, Tensor]], title: str = "") -> Figure:
+    """One row a class: name, real images and samples side by side; both uint8 (n, C, H, W)."""
+    real_n, drawn_n = len(rows[0][1]), len(rows[0][2])
+    figure, axes = _figure(9, 0.52 * len(rows) + 0.7, len(rows), 2, width_ratios=[real_n, drawn_n])
+    for (name, real, drawn), (left, right) in zip(rows, axes, strict=True):
+        show_sheet(left, tile(real, real_n))
+        show_sheet(right, tile(drawn, drawn_n))
+        left.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
+    axes[0, 0].set_title("real", color=INK, fontsize=10)
+    axes[0, 1].set_title("samples", color=INK, fontsize=10)
+    if title:
+        figure.suptitle(title, color=INK, fontsize=11)
+    return figure
+
+
+def task_grid(names: Sequence[str], after: Sequence[dict[int, Tensor]], order: Sequence[int]) -> Figure:
+    """Samples of every class (rows) after every task (columns); ``after[k]`` maps a class to uint8 (n, C, H, W)."""
+    figure, axes = _figure(2.1 * len(after), 0.52 * len(order) + 0.6, len(order), len(after))
+    for i, cls in enumerate(order):
+        for k, drawn in enumerate(after):
+            axis = axes[i, k]
+            if cls in drawn:
+                show_sheet(axis, tile(drawn[cls], len(drawn[cls])))
+            else:
+                axis.axis("off")
+            if k == len(after) - 1:
+                axis.yaxis.set_label_position("right")
+                axis.set_ylabel(names[cls], rotation=0, ha="left", va="center", color=INK)
+            if i == 0:
+                axis.set_title(f"after task {k + 1}", color=INK, fontsize=10)
+    return figure
+
+
+def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
+    """Losses against images seen, one line a name: ``losses[name] = (images, loss)``."""
+    figure, axes = _figure(6.4, 3.2)
+    axis = axes[0, 0]
+    for i, (name, (images, loss)) in enumerate(losses.items()):
+        dashed = (i // len(COLOURS)) % 2
+        axis.plot(images, loss, label=name, color=COLOURS[i % len(COLOURS)], linestyle="--" if dashed else "-")
+    axis.set_xlabel("images seen")
+    axis.set_ylabel("flow-matching loss")
+    axis.set_title(title, fontsize=11)
+    if len(losses) > 1:
+        axis.legend(frameon=False, fontsize=8, ncols=2 if len(losses) > 5 else 1)
+    return figure
+
+
+def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Figure:
+    """A_k of Eq. 22 against the task number, one line a method, labelled at its end."""
+    figure, axes = _figure(6.8, 3.6)
+    axis = axes[0, 0]
+    for i, (name, values) in enumerate(curves.items()):
+        tasks = range(1, len(values) + 1)
+        axis.plot(tasks, values, marker="osD^v<>P"[i % 8], markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
+    axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
+    axis.set_xlabel("task")
+    axis.set_ylabel("accuracy over classes seen")
+    axis.set_ylim(0, 1.02)
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    return figure
+
+
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Confusion matrix: rows are true classes, columns what the classifier said, in per cent of the row."""
+    counts = np.asarray(counts, float)
+    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    figure, axes = _figure(0.42 * len(names) + 1.8, 0.42 * len(names) + 1.2)
+    axis = axes[0, 0]
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.grid(False)
+    axis.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 60)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("classifier's answer")
+    axis.set_ylabel("true class")
+    if len(names) <= 20:
+        for (i, j), value in np.ndenumerate(share):
+            if value >= 0.5:
+                axis.text(
+                    j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 50 else INK
+                )
+    return figure
