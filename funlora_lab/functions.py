@@ -48,29 +48,41 @@ def power(A: Tensor, B: Tensor, ponderation: Tensor, exponent: Tensor) -> Tensor
     return _separable(left, right, ponderation)
 
 
+WAVES_AT_ONCE = 2**22  # numbers in the waves held together: all of a small layer's, one of a large one's
+
+
 class _SumOfCosines(torch.autograd.Function):
-    """sum_i ponderation_i cos(frequency_i z), holding one wave at a time: p waves of every class never coexist."""
+    """sum_i ponderation_i cos(frequency_i z), recomputing waves on the way back instead of keeping all p of them.
+
+    z (K, O, I), ponderation and frequency (K, p) -> (K, O, I); waves are (K, b, O, I) for a block of b functions.
+    """
+
+    @staticmethod
+    def blocks(z: Tensor, p: int):
+        b = max(1, min(p, WAVES_AT_ONCE // z.numel()))
+        return [slice(i, i + b) for i in range(0, p, b)]
 
     @staticmethod
     def forward(ctx, z: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
         ctx.save_for_backward(z, ponderation, frequency)
         total = torch.zeros_like(z)
-        for i in range(ponderation.shape[-1]):
-            total.addcmul_(ponderation[..., i, None, None], torch.cos(frequency[..., i, None, None] * z))
+        for i in _SumOfCosines.blocks(z, ponderation.shape[-1]):
+            waves = torch.cos(frequency[..., i, None, None] * z[..., None, :, :])
+            total += (ponderation[..., i, None, None] * waves).sum(-3)
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         z, ponderation, frequency = ctx.saved_tensors
         grad_z = torch.zeros_like(z)
-        grad_ponderation, grad_frequency = [], []
-        for i in range(ponderation.shape[-1]):
-            angle = frequency[..., i, None, None] * z
-            slope = torch.sin(angle).mul_(upstream)
-            grad_ponderation.append((torch.cos(angle) * upstream).sum((-2, -1)))
-            grad_frequency.append(-ponderation[..., i] * (slope * z).sum((-2, -1)))
-            grad_z.addcmul_((ponderation * frequency)[..., i, None, None], slope, value=-1)
-        return grad_z, torch.stack(grad_ponderation, -1), torch.stack(grad_frequency, -1)
+        grad_ponderation, grad_frequency = torch.empty_like(ponderation), torch.empty_like(frequency)
+        for i in _SumOfCosines.blocks(z, ponderation.shape[-1]):
+            angle = frequency[..., i, None, None] * z[..., None, :, :]
+            grad_ponderation[..., i] = (torch.cos(angle) * upstream[..., None, :, :]).sum((-2, -1))
+            slope = torch.sin(angle) * upstream[..., None, :, :]
+            grad_frequency[..., i] = -ponderation[..., i] * (slope * z[..., None, :, :]).sum((-2, -1))
+            grad_z -= ((ponderation * frequency)[..., i, None, None] * slope).sum(-3)
+        return grad_z, grad_ponderation, grad_frequency
 
 
 def cosine(A: Tensor, B: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
