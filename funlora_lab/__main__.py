@@ -140,7 +140,8 @@ def _list(arguments) -> None:
 def _notebooks(arguments) -> None:
     from funlora_lab.headless import execute
 
-    execute(arguments.preset, arguments.settings, arguments.only)
+    for path in execute(arguments.preset, arguments.settings, arguments.only):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -58,14 +58,18 @@ class OpenRun:
     def tasks(self) -> list[list[int]]:
         return self.work.tasks
 
+    def learner_after(self, task: int) -> WholeNetwork | None:
+        """The generator as it stood after task ``task`` (from 1); None for classifier-multitask."""
+        learner = generator_of(self.work)
+        for earlier in range(task):
+            if learner is not None:
+                exhaust(learner.learn(earlier))
+        return learner
+
     @cached_property
     def learner(self) -> WholeNetwork | None:
-        """The generator as it stands after the last task; None for classifier-multitask."""
-        learner = generator_of(self.work)
-        for task in range(len(self.tasks)):
-            if learner is not None:
-                exhaust(learner.learn(task))
-        return learner
+        """The generator as it stands after the last task."""
+        return self.learner_after(len(self.tasks))
 
     @property
     def network(self) -> UNet:
@@ -86,8 +90,15 @@ class OpenRun:
 
     def samples(self, cls: int, count: int | None = None) -> Tensor:
         """The first ``count`` samples of a class (default: as many as the run used), uint8 (count, C, H, W)."""
+        return self._draw(self.source(cls), cls, count)
+
+    def samples_after(self, task: int, count: int | None = None) -> dict[int, Tensor]:
+        """The samples of every class seen by task ``task`` (from 1), as they were drawn then: class -> images."""
+        learner = self.learner_after(task)
+        return {cls: self._draw(learner.source(cls), cls, count) for classes in self.tasks[:task] for cls in classes}
+
+    def _draw(self, source: Source, cls: int, count: int | None) -> Tensor:
         count = self.experiment.samples_per_class if count is None else count
-        source = self.source(cls)
         stage = continual.sample_stage(self.work, source, cls)
         images, _ = exhaust(draw(stage, source.velocity, self.experiment, cls, count, self.runtime))
         return images
@@ -95,7 +106,7 @@ class OpenRun:
     def losses(self, stage: str) -> pd.DataFrame:
         """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""
         rows = [event for event in self.events if event["event"] == "loss" and event["stage"] == stage]
-        return pd.DataFrame(rows).drop(columns="event")
+        return pd.DataFrame(rows, columns=["stage", "class", "classes", "step", "steps", "images", "loss", "seconds"])
 
     @property
     def averages(self) -> list[float]:

@@ -1,9 +1,39 @@
-"""The pictures every run leaves in its folder."""
+"""The pictures every run leaves in its folder, and the figures the notebooks keep in the clone."""
 
+import json
+import os
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from funlora_lab import plots
+from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
+from funlora_lab.store import checkout, write_atomically
+
+
+def figures_folder(preset: str) -> Path:
+    """Where notebooks keep figures and results: ``figures/<preset>`` of the clone, or of FUNLORA_FIGURES."""
+    chosen = os.environ.get("FUNLORA_FIGURES")
+    if not chosen and not checkout():
+        raise LabError("There is no clone to keep figures in: set FUNLORA_FIGURES to a folder.")
+    folder = (Path(chosen) if chosen else checkout() / "figures") / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def keep(figure: Figure, preset: str, name: str) -> Figure:
+    """Save a notebook's figure as ``figures/<preset>/<name>.png`` and hand it back to be shown."""
+    figure.savefig(figures_folder(preset) / f"{name}.png")
+    return figure
+
+
+def keep_results(preset: str, name: str, results: list[dict]) -> None:
+    """Put results under ``name`` in ``figures/<preset>/results.json``, leaving what other notebooks put there."""
+    path = figures_folder(preset) / "results.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = results
+    write_atomically(path, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
 
 
 def figures(opened: OpenRun, shown: int = 10) -> dict:
@@ -12,13 +42,11 @@ def figures(opened: OpenRun, shown: int = 10) -> dict:
     names = opened.classes
     everything = [cls for task in opened.tasks for cls in task]
     if opened.learner is not None:
-        rows = [
-            (names[cls], opened.work.dataset.train.of(cls).pixels[:shown], opened.samples(cls)[:shown])
-            for cls in everything
-        ]
-        drawn["samples"] = plots.sample_grid(rows)
-        losses = opened.losses("adapter") if "PPC" in opened.results and hasattr(opened.learner, "rows") else None
-        if losses is not None and len(losses):
+        real = {cls: opened.work.dataset.train.of(cls).pixels[:shown] for cls in everything}
+        columns = [("real", real), ("samples", {cls: opened.samples(cls)[:shown] for cls in everything})]
+        drawn["samples"] = plots.sample_columns(columns, everything, names)
+        losses = opened.losses("adapter")
+        if len(losses):
             drawn["losses"] = plots.training_curves(
                 {names[cls]: (part["images"], part["loss"]) for cls, part in losses.groupby("class")},
                 "Adapters of the later classes",

@@ -6,6 +6,7 @@ Colours are told apart by colour-blind readers and in grey; every figure is legi
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -34,46 +35,36 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
     return sheet
 
 
-def show_sheet(axis, sheet: np.ndarray) -> None:
-    """Draw a tiled sheet on an axis without frame or ticks, pixels kept sharp."""
-    axis.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+def sample_columns(
+    columns: Sequence[tuple[str, dict[int, Tensor]]], order: Sequence[int], names: Sequence[str]
+) -> Figure:
+    """A row a class, a column a source (real images, samples after task k, ...), some images of each side by side.
 
-
-def sample_grid(rows: Sequence[tuple[str, Tensor, Tensor]], title: str = "") -> Figure:
-    """One row a class: name, real images and samples side by side; both uint8 (n, C, H, W)."""
-    real_n, drawn_n = len(rows[0][1]), len(rows[0][2])
-    figure, axes = _figure(9, 0.52 * len(rows) + 0.7, len(rows), 2, width_ratios=[real_n, drawn_n])
-    for (name, real, drawn), (left, right) in zip(rows, axes, strict=True):
-        show_sheet(left, tile(real, real_n))
-        show_sheet(right, tile(drawn, drawn_n))
-        left.set_ylabel(name, rotation=0, ha="right", va="center", color=INK)
-    axes[0, 0].set_title("real", color=INK, fontsize=10)
-    axes[0, 1].set_title("samples", color=INK, fontsize=10)
-    if title:
-        figure.suptitle(title, color=INK, fontsize=11)
-    return figure
-
-
-def task_grid(names: Sequence[str], after: Sequence[dict[int, Tensor]], order: Sequence[int]) -> Figure:
-    """Samples of every class (rows) after every task (columns); ``after[k]`` maps a class to uint8 (n, C, H, W)."""
-    figure, axes = _figure(2.1 * len(after), 0.52 * len(order) + 0.6, len(order), len(after))
-    for i, cls in enumerate(order):
-        for k, drawn in enumerate(after):
-            axis = axes[i, k]
-            if cls in drawn:
-                show_sheet(axis, tile(drawn[cls], len(drawn[cls])))
-            else:
-                axis.axis("off")
-            if k == len(after) - 1:
-                axis.yaxis.set_label_position("right")
-                axis.set_ylabel(names[cls], rotation=0, ha="left", va="center", color=INK)
-            if i == 0:
-                axis.set_title(f"after task {k + 1}", color=INK, fontsize=10)
+    ``columns`` pairs a title with images by class, uint8 (n, C, H, W) with the same n in a column; a class that a
+    column lacks stays blank.
+    """
+    counts = [len(next(iter(images.values()))) for _, images in columns]
+    C, H, W = next(iter(columns[0][1].values())).shape[1:]
+    scale = min(0.34, 11 / sum(counts))  # inches an image
+    figure, axes = _figure(
+        scale * sum(counts) + 0.25 * len(columns) + 0.8,
+        scale * len(order) * H / W + 0.5,
+        1,
+        len(columns),
+        width_ratios=counts,
+    )
+    for k, (axis, (title, images), count) in enumerate(zip(axes[0], columns, counts, strict=True)):
+        blank = torch.full((count, C, H, W), 255, dtype=torch.uint8)
+        sheet = tile(torch.cat([images[cls][:count] if cls in images else blank for cls in order]), count)
+        axis.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.set_title(title, color=INK, fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([i * (H + 1) + (H - 1) / 2 for i in range(len(order))] if k == 0 else [])
+        if k == 0:
+            axis.set_yticklabels([names[cls] for cls in order])
+            axis.tick_params(length=0)
     return figure
 
 

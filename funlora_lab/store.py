@@ -35,9 +35,16 @@ FORMAT = 1  # of the artefacts; raised when old ones must not be reused
 CHECKSUM = "sha256"
 
 
+def checkout() -> Path | None:
+    """The clone this package is used from, if it is: the folder that holds its pyproject.toml."""
+    folder = Path(__file__).resolve().parent.parent
+    return folder if (folder / "pyproject.toml").exists() else None
+
+
 def home() -> Path:
-    """Where runs live: FUNLORA_HOME, or ``runs`` in the current folder."""
-    return Path(os.environ.get("FUNLORA_HOME") or "runs").absolute()
+    """Where runs live: FUNLORA_HOME, or ``runs`` in the clone (without a clone, in the current folder)."""
+    chosen = os.environ.get("FUNLORA_HOME")
+    return Path(chosen).absolute() if chosen else (checkout() or Path.cwd()) / "runs"
 
 
 def canonical(value) -> str:
