@@ -81,7 +81,7 @@ def _run(arguments) -> None:
             progress.show(event)
             result = event
     run = Run.of(experiment)
-    paths = sorted(run.folder.glob("*.png")) or pictures.save(OpenRun(run, result, runtime))
+    paths = sorted(run.folder.glob("*.png")) or pictures.save(OpenRun(run, runtime))
     if arguments.json:
         keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
         print(json.dumps({key: result[key] for key in keys}))

@@ -284,6 +284,7 @@ PRESETS = {
         preset="smoke",
         split="6-2",
         base_channels=8,
+        norm_groups=2,
         window="11-23",
         functions=4,
         base_images=640,

@@ -33,12 +33,21 @@ def exhaust(events) -> object:
 class OpenRun:
     """The results, log, weights and samples of one finished run, each read when first asked for."""
 
-    def __init__(self, run: Run, results: dict, runtime: Runtime):
-        self.run, self.results, self.runtime = run, results, runtime
+    def __init__(self, run: Run, runtime: Runtime):
+        self.run, self.runtime = run, runtime
+
+    @cached_property
+    def results(self) -> dict:
+        return self.run.results()
 
     @property
     def experiment(self) -> Experiment:
         return self.run.experiment
+
+    def summary(self) -> dict:
+        """The closing results with their provenance, as kept beside the figures: no paths, no per-class detail."""
+        names = "preset method seed LA AIA PPC recognition flow_loss seconds provenance".split()
+        return {name: self.results[name] for name in names}
 
     @cached_property
     def events(self) -> list[Event]:
@@ -122,8 +131,6 @@ def open_run(
 ) -> OpenRun:
     """The run of this configuration, trained first (or its rest) if it is not finished; ``show`` sees every event."""
     runtime = Runtime(device=continual.pick_device(device))
-    results = {}
     for event in continual.run(experiment, runtime, home):
         show(event)
-        results = event
-    return OpenRun(Run.of(experiment, home), results, runtime)
+    return OpenRun(Run.of(experiment, home), runtime)

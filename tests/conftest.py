@@ -1,0 +1,27 @@
+"""Every test works in folders of its own: no test reads or writes the runs or figures of the clone."""
+
+import pytest
+
+from funlora_lab import continual
+from funlora_lab.config import preset
+from funlora_lab.opened import open_run
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FUNLORA_FIGURES", str(tmp_path / "figures"))
+
+
+@pytest.fixture(scope="session")
+def smoke_home(tmp_path_factory):
+    """A home with one finished run of the smoke preset; read it, but train into other homes."""
+    home = tmp_path_factory.mktemp("smoke-home")
+    list(continual.run(preset("smoke"), home=home))
+    return home
+
+
+@pytest.fixture
+def smoke_run(smoke_home):
+    """The finished smoke run, opened."""
+    return open_run(preset("smoke"), "cpu", home=smoke_home)
