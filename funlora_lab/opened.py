@@ -1,7 +1,7 @@
 """A run opened for reading: what notebooks, pictures, exports and widgets ask of it.
 
 ``open_run(experiment)`` finds the run by its configuration and trains whatever is missing, so notebooks may be opened
-in any order.
+in any order. ``open_folder(run)`` opens a finished run by its folder or name.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from funlora_lab import continual, data
 from funlora_lab.adapters import Adapters, Row
 from funlora_lab.config import Experiment
+from funlora_lab.errors import LabError
 from funlora_lab.generators import FrozenBase, Source, WholeNetwork, Work, generator_of
 from funlora_lab.sampling import draw
 from funlora_lab.store import Run, Store
@@ -127,3 +128,12 @@ def open_run(
         show(event)
         results = event
     return OpenRun(Run.of(experiment, home), results, runtime)
+
+
+def open_folder(word: Path | str, device: str = "auto") -> OpenRun:
+    """A finished run by its folder, or by its name under ``home()``; raises LabError when there is none."""
+    run = Run.at(word)
+    results = run.results()
+    if results is None:
+        raise LabError(f"The run {run.folder} is not finished; the same `funlora run` command finishes it.")
+    return OpenRun(run, results, Runtime(device=continual.pick_device(device)))

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -78,12 +78,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
-    """Save tensors and JSON-able facts as one safetensors file with a checksum over both."""
+def packed(tensors: dict[str, Tensor], facts: dict | None = None) -> bytes:
+    """Tensors and JSON-able facts as the content of one safetensors file, with a checksum over both."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {name: canonical(value) for name, value in (facts or {}).items()}
     metadata[CHECKSUM] = fingerprint(tensors, metadata)
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    return safetensors.torch.save(tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
+    """Save ``packed`` tensors and facts atomically."""
+    write_atomically(path, packed(tensors, facts))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -231,6 +236,33 @@ class Run:
         key = hashlib.sha256(canonical(config).encode()).hexdigest()[:8]
         name = f"{experiment.preset}-{experiment.method}-seed{experiment.seed}-{key}"
         return cls((folder or home()) / name, experiment)
+
+    @classmethod
+    def at(cls, word: Path | str) -> "Run":
+        """The run stored in the folder ``word``, or in the folder of that name under ``home()``.
+
+        Raises LabError when there is no run, or its config.json is damaged or of another version of this package.
+        """
+        folder = Path(word).absolute()
+        if not (folder / "config.json").is_file():
+            folder = home() / word
+        try:
+            stored = json.loads((folder / "config.json").read_text())["experiment"]
+            names = set(stored)
+        except OSError:
+            raise LabError(f"'{word}' is no run: accepted is a run's folder or its name under {home()}.") from None
+        except (ValueError, TypeError, KeyError):
+            raise LabError(f"{folder}/config.json is damaged: it does not hold a run's settings.") from None
+        if unlike := names ^ {field.name for field in fields(Experiment)}:
+            raise LabError(
+                f"{folder} is a run of another version of funlora-lab (settings that one of them lacks: "
+                f"{', '.join(sorted(unlike))}); the same `funlora run` command makes it anew and reuses what it can."
+            )
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        try:
+            return cls(folder, Experiment(**tuples))
+        except TypeError:
+            raise LabError(f"{folder}/config.json is damaged: a setting has a value of the wrong kind.") from None
 
     @property
     def results_file(self) -> Path:
