@@ -118,6 +118,16 @@ def unstack(rows: Row, K: int) -> list[Row]:
     return [{name: tensor[k].clone() for name, tensor in rows.items()} for k in range(K)]
 
 
+def _by_layer(rows: Row) -> dict[str, Row]:
+    """``"<layer>/<parameter>"`` -> layer -> parameter; a label embedding belongs to no layer."""
+    layers: dict[str, Row] = {}
+    for name, value in rows.items():
+        layer, slash, key = name.rpartition("/")
+        if slash:
+            layers.setdefault(layer, {})[key] = value
+    return layers
+
+
 class Adapters:
     """One method over one frozen network: makes, counts and applies rows."""
 
@@ -169,27 +179,29 @@ class Adapters:
         """The mean label embedding (E,) of the classes of task 1: the frozen embedding of every new class."""
         return self.net.label_emb.weight.detach().mean(0)
 
-    def changes(self, rows: Row) -> dict[str, Tensor]:
-        """What ``functional_call`` puts in the place of the network's own: of every adapted layer its effective
-        weights (K, O, I, ...), or the scale and shift of its input (K, 2, I)."""
-        by_layer: dict[str, Row] = {}
-        for name, value in rows.items():
-            layer, slash, key = name.rpartition("/")
-            if slash:
-                by_layer.setdefault(layer, {})[key] = value
-        if self.method.affine:
-            return {name + ".affine": self.method.affine(by_layer[name]) for name in self.layers}
+    def weights(self, rows: Row) -> dict[str, Tensor]:
+        """Effective weights (K, O, I, ...) of every layer whose weights the method changes, by ``<layer>.weight``."""
+        if self.method.weight is None:
+            return {}
+        numbers = _by_layer(rows)
         return {
-            name + ".weight": self.method.weight(layer.weight.detach(), by_layer[name], self.settings[name])
+            name + ".weight": self.method.weight(layer.weight.detach(), numbers[name], self.settings[name])
             for name, layer in self.layers.items()
         }
+
+    def affines(self, rows: Row) -> dict[str, Tensor]:
+        """Scale and shift (K, 2, I) of the input of every layer whose input is changed, by ``<layer>.affine``."""
+        if self.method.affine is None:
+            return {}
+        numbers = _by_layer(rows)
+        return {name + ".affine": self.method.affine(numbers[name]) for name in self.layers}
 
     def velocity(self, rows: Row, K: int) -> Callable[[Tensor, Tensor], Tensor]:
         """v(t, x) of K classes side by side; image i of the batch belongs to class i % K.
 
         The effective weights are computed here, once; call it inside a training step, or once before sampling.
         """
-        changes = self.changes(rows)
+        changes = self.weights(rows) | self.affines(rows)
         embedding = rows[LABEL] if LABEL in rows else self.mean_embedding().expand(K, -1)
 
         def v(t: Tensor, x: Tensor) -> Tensor:
@@ -206,4 +218,4 @@ class Adapters:
         if self.method.affine:
             raise LabError(f"{self.experiment.method} shifts inputs before the padding, which no weights can hold.")
         one = {name: value[None] for name, value in row.items()}
-        return {name: value[0].detach() for name, value in self.changes(one).items()}
+        return {name: value[0].detach() for name, value in self.weights(one).items()}

@@ -62,6 +62,14 @@ def fingerprint(tensors: dict[str, Tensor], extra: dict[str, str] | None = None)
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raises LabError when that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise LabError(f"Cannot make {folder}: {reason.strerror or reason}.") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one, whatever happens; raises LabError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -167,10 +175,7 @@ class Stage:
 
     def open(self) -> None:
         """Make the folder and write down what the artefact depends on, before any work."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as reason:
-            raise LabError(f"Cannot make {self.folder}: {reason.strerror or reason}.") from None
+        make_folder(self.folder)
         inputs = self.folder / "inputs.json"
         if not inputs.exists():
             write_atomically(inputs, (json.dumps(self.inputs, indent=1, sort_keys=True) + "\n").encode())
@@ -285,10 +290,7 @@ class Run:
 
     def open(self, provenance: dict) -> None:
         """Make the folder and write config.json (configuration and provenance) before any work."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as reason:
-            raise LabError(f"Cannot make {self.folder}: {reason.strerror or reason}.") from None
+        make_folder(self.folder)
         config = {"experiment": asdict(self.experiment), "provenance": provenance}
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 

@@ -100,7 +100,7 @@ def test_scale_and_shift_act_on_the_input_before_its_zero_padding():
     adapters = small("scale-shift")
     name, layer = next(iter(adapters.layers.items()))
     row = perturbed(adapters.start(6))
-    changes = adapters.changes(stack([row]))
+    changes = adapters.affines(stack([row]))
     x = torch.randn(2, layer.in_channels, 4, 4)
     moved = row[f"{name}/scale"][:, None, None] * x + row[f"{name}/shift"][:, None, None]
     expected = F.conv2d(moved, layer.weight, layer.bias, padding=1)
