@@ -1,4 +1,4 @@
-"""The command: ``funlora run | list | notebooks``."""
+"""The command: ``funlora run | list | ledger | export | import | remove | notebooks``."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 from funlora_lab import __version__
 from funlora_lab.config import METHODS, PRESETS, Experiment, override, preset
@@ -42,6 +43,27 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
+
+    ledger = commands.add_parser("ledger", help="parameters a class: the paper's tables, or a preset's methods")
+    ledger.add_argument("preset", nargs="?", help=", ".join(PRESETS) + "; none: the paper's tables beside ours")
+    ledger.add_argument("--json", action="store_true", help="print one JSON array of rows")
+    ledger.set_defaults(act=_ledger)
+
+    export = commands.add_parser("export", help="write one learned class of a run as a file")
+    export.add_argument("run", metavar="RUN", help="a run's folder or its name under FUNLORA_HOME")
+    export.add_argument("--class", required=True, metavar="CLASS", dest="cls", help="its name or index")
+    export.add_argument("--to", metavar="FILE", help="where to (default: class-INDEX.safetensors here)")
+    export.set_defaults(act=_export)
+
+    bring = commands.add_parser("import", help="bring the class of a file into a run over the same base")
+    bring.add_argument("run", metavar="RUN", help="a run's folder or its name under FUNLORA_HOME")
+    bring.add_argument("file", metavar="FILE")
+    bring.set_defaults(act=_import)
+
+    remove = commands.add_parser("remove", help="take one class out of a run; its training stays in the store")
+    remove.add_argument("run", metavar="RUN", help="a run's folder or its name under FUNLORA_HOME")
+    remove.add_argument("--class", required=True, metavar="CLASS", dest="cls", help="its name or index")
+    remove.set_defaults(act=_remove)
 
     notebooks = commands.add_parser("notebooks", help="execute the notebooks for a preset with papermill")
     notebooks.add_argument("preset")
@@ -135,6 +157,40 @@ def _list(arguments) -> None:
             print(f"  {config.parent.name}  LA {found['LA']:.4f}  AIA {found['AIA']:.4f}")
         else:
             print(f"  {config.parent.name}  unfinished")
+
+
+def _ledger(arguments) -> None:
+    from funlora_lab import ledger
+
+    table = ledger.of_preset(arguments.preset) if arguments.preset else ledger.of_paper()
+    print(table.to_json(orient="records", indent=1) if arguments.json else ledger.text(table))
+
+
+def _export(arguments) -> None:
+    from funlora_lab.opened import open_folder
+
+    opened = open_folder(arguments.run, "cpu")
+    cls = opened.class_of(arguments.cls)
+    path = opened.export_class(cls, Path(arguments.to or f"class-{cls}.safetensors"))
+    print(f"Class {opened.known[cls]} is in {path}, {path.stat().st_size:,} bytes.")
+
+
+def _import(arguments) -> None:
+    from funlora_lab.opened import open_folder
+
+    opened = open_folder(arguments.run, "cpu")
+    cls = opened.import_class(Path(arguments.file))
+    print(f"Class {opened.known[cls]} (index {cls}) is now in {opened.run.folder}.")
+
+
+def _remove(arguments) -> None:
+    from funlora_lab.opened import open_folder
+
+    opened = open_folder(arguments.run, "cpu")
+    cls = opened.class_of(arguments.cls)
+    name = opened.known[cls]
+    opened.remove_class(cls)
+    print(f"Class {name} (index {cls}) is no longer in {opened.run.folder}; its training stays in the store.")
 
 
 def _notebooks(arguments) -> None:

@@ -9,73 +9,29 @@ U-Net by ``functional_call``; the network itself is never modified.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from funlora_lab import functions
 from funlora_lab.config import FUNCTIONAL_METHODS, Experiment
 from funlora_lab.errors import LabError
+from funlora_lab.methods import Method, Row, broadcast, products, sizes, vanishing_pair, window
+from funlora_lab.rivals import RIVALS
 from funlora_lab.streams import stream
 from funlora_lab.unet import UNet, conv_layers
 
-Row = dict[str, Tensor]
 LABEL = "label_emb"  # the name, in a row, of a learned label embedding
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a class changes layers: which, from what start, and what becomes of a layer's weight.
-
-    layers(net, experiment) -> the adapted layers by name
-    start(layer, experiment, generator) -> one class's first numbers for a layer
-    neutral(layer, experiment) -> numbers that leave the layer as it is: the row shared by the classes of task 1
-    weight(W0, numbers, experiment) -> (K, O, I, ...) from W0 (O, I, ...) and numbers with a leading class axis
-    """
-
-    layers: Callable[[UNet, Experiment], dict[str, nn.Module]]
-    start: Callable[[nn.Module, Experiment, torch.Generator], Row]
-    neutral: Callable[[nn.Module, Experiment], Row]
-    weight: Callable[[Tensor, Row, Experiment], Tensor]
-
-
-def window(net: UNet, experiment: Experiment) -> dict[str, nn.Module]:
-    """The convolutions whose index lies in ``experiment.window``; raises LabError when it leaves the network."""
-    layers = conv_layers(net)
-    first, last = experiment.window_range
-    if last >= len(layers):
-        raise LabError(
-            f"window={experiment.window}: accepted are layer indices 0-{len(layers) - 1}, "
-            f"the {len(layers)} convolutions of this network."
-        )
-    return dict(list(layers.items())[first : last + 1])
-
-
-def _sizes(layer: nn.Module, experiment: Experiment) -> tuple[int, int]:
-    """Entries of A and B: Cout/r and Cin/r."""
-    O, I = layer.weight.shape[:2]
-    r = experiment.ratio
-    if O % r or I % r:
-        raise LabError(
-            f"ratio={r}: accepted is a divisor of both channel counts of every adapted layer, here {O} and {I}."
-        )
-    return O // r, I // r
-
-
-def _broadcast(F: Tensor, W: Tensor) -> Tensor:
-    """F (K, O, I) -> (K, O, I, 1, ...), to act on every kernel position of W (O, I, ...)."""
-    return F.reshape(*F.shape, *[1] * (W.dim() - 2))
 
 
 def functional_matrix(experiment: Experiment, numbers: Row, part: str = "") -> Tensor:
     """F (K, O, I) of Eq. 8 from the numbers of one layer; ``part`` is the prefix of G's numbers in mul-add."""
     function, learned, _ = FUNCTIONAL_METHODS[experiment.method]
+    if function == "product":
+        return products(numbers, experiment.ratio, part)
     A = numbers[part + "A"].repeat_interleave(experiment.ratio, -1)
     B = numbers[part + "B"].repeat_interleave(experiment.ratio, -1)
-    if function == "product":
-        return functions.product(A, B)
     ponderation = numbers[part + "ponderation"]
     if function == "shift":
         return functions.shift(A, B, ponderation)
@@ -88,25 +44,31 @@ def functional_matrix(experiment: Experiment, numbers: Row, part: str = "") -> T
     return functions.cosine(A, B, ponderation, frequency)
 
 
-def _functional() -> Method:
+def _functional(about: str, *more_settings: str) -> Method:
     """W0*F, W0+F or W0*F+G with F of any function (Eq. 4-19, operations of Table IV).
 
     The additive forms subtract F's first value, 1, so that they too start at the identity; ``start=literal`` leaves
-    it in, as the paper's formula stands.
+    it in, as the paper's formula stands. Vanilla mul of a rank above 1 adds pairs whose product is zero at first.
     """
 
     def start(layer, experiment, generator=None, start=None):
         function, learned, _ = FUNCTIONAL_METHODS[experiment.method]
-        outputs, inputs = _sizes(layer, experiment)
-        one = {"A": torch.ones(outputs), "B": torch.ones(inputs)}
-        if function != "product":
-            one["ponderation"] = functions.first_ponderation(function, start or experiment.start, experiment.functions)
-        if learned:
-            name = "frequency" if function == "cosine" else "exponent"
-            one[name] = torch.arange(1.0, experiment.functions + 1)
-        if experiment.operation == "mul-add":
-            one |= {"G." + name: value.clone() for name, value in one.items()}
-        return one
+        outputs, inputs = sizes(layer, experiment)
+
+        def part() -> Row:
+            one = {"A": torch.ones(outputs), "B": torch.ones(inputs)}
+            for i in range(2, experiment.rank + 1):
+                one |= vanishing_pair(layer, experiment, generator, str(i))
+            if function != "product":
+                p, how = experiment.functions, start or experiment.start
+                one["ponderation"] = functions.first_ponderation(function, how, p)
+            if learned:
+                one["frequency" if function == "cosine" else "exponent"] = torch.arange(1.0, experiment.functions + 1)
+            return one
+
+        if experiment.operation != "mul-add":
+            return part()
+        return part() | {"G." + name: value for name, value in part().items()}
 
     def neutral(layer, experiment):
         numbers = start(layer, experiment, start="identity")
@@ -118,47 +80,31 @@ def _functional() -> Method:
 
     def weight(W0, numbers, experiment):
         first = 0.0 if experiment.start == "literal" else 1.0
-        F = _broadcast(functional_matrix(experiment, numbers), W0)
+        F = broadcast(functional_matrix(experiment, numbers), W0)
         if experiment.operation == "mul":
             return W0 * F
         if experiment.operation == "add":
             return W0 + (F - first)
-        G = _broadcast(functional_matrix(experiment, numbers, "G."), W0)
+        G = broadcast(functional_matrix(experiment, numbers, "G."), W0)
         return W0 * F + (G - first)
 
-    return Method(window, start, neutral, weight)
-
-
-def _vanilla_add() -> Method:
-    """W0 + A B with A Kaiming normal and B zero (Sec. 5.2)."""
-
-    def start(layer, experiment, generator):
-        outputs, inputs = _sizes(layer, experiment)
-        A = torch.empty(outputs, 1)
-        nn.init.kaiming_normal_(A, generator=generator)
-        return {"A": A[:, 0], "B": torch.zeros(inputs)}
-
-    def neutral(layer, experiment):
-        outputs, inputs = _sizes(layer, experiment)
-        return {"A": torch.zeros(outputs), "B": torch.zeros(inputs)}
-
-    def weight(W0, numbers, experiment):
-        r = experiment.ratio
-        AB = functions.product(numbers["A"].repeat_interleave(r, -1), numbers["B"].repeat_interleave(r, -1))
-        return W0 + _broadcast(AB, W0)
-
-    return Method(window, start, neutral, weight)
-
-
-def _label_embedding() -> Method:
-    """Vanilla conditioning only: no layer changes, the new class's label embedding alone is learned."""
-    return Method(lambda net, experiment: {}, lambda *_: {}, lambda *_: {}, lambda W0, *_: W0)
+    return Method(
+        about=about,
+        settings=("method", "operation", "start", "functions", "ratio", "window", *more_settings, "label_embedding"),
+        layers=window,
+        start=start,
+        neutral=neutral,
+        weight=weight,
+    )
 
 
 METHODS: dict[str, Method] = {
-    **dict.fromkeys(FUNCTIONAL_METHODS, _functional()),
-    "vanilla-add": _vanilla_add(),
-    "label-embedding": _label_embedding(),
+    **{
+        name: _functional(f"{function}, {'learned' if learned else 'frozen'}, in the window's convolutions")
+        for name, (function, learned, _) in FUNCTIONAL_METHODS.items()
+    },
+    "vanilla-mul": _functional("W * AB in the window's convolutions", "rank", "extra_rank"),
+    **RIVALS,
 }
 
 
@@ -172,6 +118,16 @@ def unstack(rows: Row, K: int) -> list[Row]:
     return [{name: tensor[k].clone() for name, tensor in rows.items()} for k in range(K)]
 
 
+def _by_layer(rows: Row) -> dict[str, Row]:
+    """``"<layer>/<parameter>"`` -> layer -> parameter; a label embedding belongs to no layer."""
+    layers: dict[str, Row] = {}
+    for name, value in rows.items():
+        layer, slash, key = name.rpartition("/")
+        if slash:
+            layers.setdefault(layer, {})[key] = value
+    return layers
+
+
 class Adapters:
     """One method over one frozen network: makes, counts and applies rows."""
 
@@ -179,6 +135,14 @@ class Adapters:
         self.net, self.experiment = net, experiment
         self.method = METHODS[experiment.method]
         self.layers = self.method.layers(net, experiment)
+        self.settings = {name: experiment for name in self.layers}  # the experiment as each layer sees it
+        names = list(conv_layers(net))
+        for index in experiment.extra_rank:
+            if index >= len(names) or names[index] not in self.layers:
+                first, last = experiment.window_range
+                raise LabError(f"extra_rank={index}: accepted are indices of adapted layers, here {first}-{last}.")
+            own = self.settings[names[index]]
+            self.settings[names[index]] = own.but(rank=own.rank + 1)
 
     def start(self, cls: int) -> Row:
         """The numbers at which class ``cls`` starts, on the CPU; they depend on the seed and the class alone."""
@@ -186,56 +150,72 @@ class Adapters:
         row = {
             f"{name}/{key}": value
             for name, layer in self.layers.items()
-            for key, value in self.method.start(layer, self.experiment, generator).items()
+            for key, value in self.method.start(layer, self.settings[name], generator).items()
         }
-        if self.experiment.label_embedding == "learned" or self.experiment.method == "label-embedding":
+        if self.learns_label:
             row[LABEL] = self.mean_embedding().cpu().clone()
         return row
+
+    @property
+    def learns_label(self) -> bool:
+        """Whether a class learns its label embedding; else it has the mean of task 1's."""
+        return self.experiment.label_embedding == "learned" or self.experiment.method == "label-embedding"
 
     def neutral(self) -> Row:
         """The row that leaves the network as it is, shared by all classes of task 1."""
         return {
             f"{name}/{key}": value
             for name, layer in self.layers.items()
-            for key, value in self.method.neutral(layer, self.experiment).items()
+            for key, value in self.method.neutral(layer, self.settings[name]).items()
         }
 
     @property
     def parameters_per_class(self) -> int:
         """PPC: the numbers learned for one class (a frozen label embedding is not learned and not counted)."""
-        return sum(value.numel() for value in self.start(0).values())
+        in_layers = sum(value.numel() for value in self.neutral().values())
+        return in_layers + (self.net.embedding if self.learns_label else 0)
 
     def mean_embedding(self) -> Tensor:
         """The mean label embedding (E,) of the classes of task 1: the frozen embedding of every new class."""
         return self.net.label_emb.weight.detach().mean(0)
 
     def weights(self, rows: Row) -> dict[str, Tensor]:
-        """Effective weights (K, O, I, ...) of every adapted layer, by the name ``functional_call`` takes."""
-        by_layer: dict[str, Row] = {}
-        for name, value in rows.items():
-            layer, slash, key = name.rpartition("/")
-            if slash:
-                by_layer.setdefault(layer, {})[key] = value
+        """Effective weights (K, O, I, ...) of every layer whose weights the method changes, by ``<layer>.weight``."""
+        if self.method.weight is None:
+            return {}
+        numbers = _by_layer(rows)
         return {
-            name + ".weight": self.method.weight(layer.weight.detach(), by_layer[name], self.experiment)
+            name + ".weight": self.method.weight(layer.weight.detach(), numbers[name], self.settings[name])
             for name, layer in self.layers.items()
         }
+
+    def affines(self, rows: Row) -> dict[str, Tensor]:
+        """Scale and shift (K, 2, I) of the input of every layer whose input is changed, by ``<layer>.affine``."""
+        if self.method.affine is None:
+            return {}
+        numbers = _by_layer(rows)
+        return {name + ".affine": self.method.affine(numbers[name]) for name in self.layers}
 
     def velocity(self, rows: Row, K: int) -> Callable[[Tensor, Tensor], Tensor]:
         """v(t, x) of K classes side by side; image i of the batch belongs to class i % K.
 
         The effective weights are computed here, once; call it inside a training step, or once before sampling.
         """
-        weights = self.weights(rows)
+        changes = self.weights(rows) | self.affines(rows)
         embedding = rows[LABEL] if LABEL in rows else self.mean_embedding().expand(K, -1)
 
         def v(t: Tensor, x: Tensor) -> Tensor:
             y = embedding.repeat(x.shape[0] // K, 1)
-            return functional_call(self.net, weights, (t, x, y))
+            return functional_call(self.net, changes, (t, x, y))
 
         return v
 
     def merged(self, row: Row) -> dict[str, Tensor]:
-        """One class's plain weights (O, I, ...): loading them over the network makes it that class's network."""
+        """One class's plain weights (O, I, ...): loading them over the network makes it that class's network.
+
+        Raises LabError for a method that changes a layer's input instead.
+        """
+        if self.method.affine:
+            raise LabError(f"{self.experiment.method} shifts inputs before the padding, which no weights can hold.")
         one = {name: value[None] for name, value in row.items()}
         return {name: value[0].detach() for name, value in self.weights(one).items()}

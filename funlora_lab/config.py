@@ -25,10 +25,19 @@ FUNCTIONAL_METHODS = {
     "vanilla-mul": ("product", False, 1e-1),
 }
 # every other method that learns a class as a separate row of numbers -> its adapter learning rate
-OTHER_ADAPTERS = {"vanilla-add": 1e-2, "label-embedding": 3e-2}
+OTHER_ADAPTERS = {
+    "vanilla-add": 1e-2,
+    "scale-shift": 3e-2,
+    "lora-attention": 1e-2,
+    "lora-conv-v1": 1e-2,
+    "lora-conv-v2": 1e-2,
+    "kml": 3e-2,
+    "label-embedding": 3e-2,
+}
 # methods that train the whole network, or no generator at all
 WHOLE_NETWORK = ("fine-tune", "generative-multitask", "classifier-multitask")
 METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
+VANILLA = ("vanilla-add", "vanilla-mul")  # F = AB, and its rank may be chosen layer by layer
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,11 @@ class Experiment:
     functions: int = 10  # p, the number of functions summed in Eq. 8
     ratio: int = 1  # r: A and B have Cout/r and Cin/r entries
     window: str = "11-23"  # first-last index of the adapted convolutions
+    lora_v1_window: str = "18-20"  # the same for lora-conv-v1 and kml, which learn about k*k times as much a layer
+    lora_v2_window: str = "14-20"  # the same for lora-conv-v2, which learns k times as much a layer
+    rank: int = 1  # of the vanilla methods and lora-conv-v1, -v2
+    extra_rank: tuple[int, ...] = ()  # indices of the convolutions given one rank more (vanilla methods only)
+    attention_rank: int = 5  # of lora-attention
     label_embedding: str = "mean"  # of a new class: mean of task 1's, frozen | learned
     seed: int = 0
 
@@ -129,9 +143,9 @@ class Experiment:
         for field, accepted in choices.items():
             check(getattr(self, field) in accepted, field, "one of " + ", ".join(accepted))
         at_least_one = (
-            "image_size channels base_channels res_blocks head_channels norm_groups functions ratio base_images "
-            "base_batch adapter_images adapter_batch steps samples_per_class chunk classifier_epochs "
-            "classifier_batch log_every"
+            "image_size channels base_channels res_blocks head_channels norm_groups functions ratio rank "
+            "attention_rank base_images base_batch adapter_images adapter_batch steps samples_per_class chunk "
+            "classifier_epochs classifier_batch log_every"
         )
         for field in at_least_one.split():
             check(getattr(self, field) >= 1, field, "a whole number from 1 up")
@@ -158,16 +172,28 @@ class Experiment:
             "class_order",
             "natural, shuffled-SEED or class indices such as 3,0,1,2",
         )
-        check(re.fullmatch(r"\d+-\d+", self.window) is not None, "window", "two layer indices such as 40-54")
-        first, last = self.window_range
-        check(first <= last, "window", "two layer indices, the first not above the last")
+        for field in ("window", "lora_v1_window", "lora_v2_window"):
+            two = re.fullmatch(r"(\d+)-(\d+)", getattr(self, field))
+            check(two is not None, field, "two layer indices such as 40-54")
+            check(int(two[1]) <= int(two[2]), field, "two layer indices, the first not above the last")
         special = self.operation != "mul" and self.method not in FUNCTIONAL_METHODS
         check(not special, "operation", f"mul for the method {self.method}")
+        whole = self.method in FUNCTIONAL_METHODS or self.method in VANILLA
+        check(self.ratio == 1 or whole, "ratio", f"1 for the method {self.method}")
+        ranked = self.method in (*VANILLA, "lora-conv-v1", "lora-conv-v2")
+        check(self.rank == 1 or ranked, "rank", f"1 for the method {self.method}")
+        check(not self.extra_rank or self.method in VANILLA, "extra_rank", f"nothing for the method {self.method}")
+
+    @property
+    def window_field(self) -> str:
+        """The setting that names the adapted convolutions of this method."""
+        own = {"lora-conv-v1": "lora_v1_window", "kml": "lora_v1_window", "lora-conv-v2": "lora_v2_window"}
+        return own.get(self.method, "window")
 
     @property
     def window_range(self) -> tuple[int, int]:
         """First and last index of the adapted convolutions, both included."""
-        first, last = self.window.split("-")
+        first, last = getattr(self, self.window_field).split("-")
         return int(first), int(last)
 
     @property
@@ -247,6 +273,9 @@ _CIFAR10 = Experiment(
     norm_groups=32,
     dropout=0.1,
     window="40-54",
+    lora_v1_window="48-50",
+    lora_v2_window="44-50",
+    attention_rank=2,
     base_images=5_000_000,  # 500 epochs of 10,000 images
     base_batch=128,
     base_lr=2e-4,
@@ -311,6 +340,8 @@ PRESETS = {
         multipliers=(1, 2, 3, 4),
         attention=(32, 16, 8),
         window="40-56",
+        lora_v1_window="46-47",
+        lora_v2_window="48-57",
         base_images=6_500_000,  # 250 epochs of 26,000 images
         base_ema_start=2_600_000,
         adapter_images=260_000,  # 200 epochs of 1,300 images

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from funlora_lab.adapters import Adapters, Row, stack, unstack
+from funlora_lab.adapters import METHODS, Adapters, Row, stack, unstack
 from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.flow import Velocity, flow_loss
@@ -225,7 +225,7 @@ class FrozenBase(WholeNetwork):
             seed=e.seed,
             flip=e.flip,
             precision=e.precision,
-            method=e.select("method", "operation", "start", "functions", "ratio", "window", "label_embedding"),
+            method={name: getattr(e, name) for name in METHODS[e.method].settings},
             rate=e.adapter_rate,
             training=e.select("adapter_images", "adapter_batch", "adapter_schedule", "adapter_warmup", "adapter_ema"),
         )

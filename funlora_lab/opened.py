@@ -1,22 +1,24 @@
 """A run opened for reading: what notebooks, pictures, exports and widgets ask of it.
 
 ``open_run(experiment)`` finds the run by its configuration and trains whatever is missing, so notebooks may be opened
-in any order.
+in any order. ``open_folder(run)`` opens a finished run by its folder or name.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
 
-from funlora_lab import continual, data
+from funlora_lab import classfiles, continual, data
 from funlora_lab.adapters import Adapters, Row
 from funlora_lab.config import Experiment
+from funlora_lab.errors import LabError
 from funlora_lab.generators import FrozenBase, Source, WholeNetwork, Work, generator_of
 from funlora_lab.sampling import draw
-from funlora_lab.store import Run, Store
+from funlora_lab.store import Run, Store, locked, make_folder, write_atomically
 from funlora_lab.training import Event, Runtime
 from funlora_lab.unet import UNet
 
@@ -35,6 +37,7 @@ class OpenRun:
 
     def __init__(self, run: Run, runtime: Runtime):
         self.run, self.runtime = run, runtime
+        self._imported: dict[int, str] = {}
 
     @cached_property
     def results(self) -> dict:
@@ -77,8 +80,28 @@ class OpenRun:
 
     @cached_property
     def learner(self) -> WholeNetwork | None:
-        """The generator as it stands after the last task."""
-        return self.learner_after(len(self.tasks))
+        """The generator after the last task, without the classes removed since and with those imported."""
+        learner = self.learner_after(len(self.tasks))
+        if isinstance(learner, FrozenBase):
+            self._imported = classfiles.apply(self.run, learner)
+        return learner
+
+    @property
+    def known(self) -> dict[int, str]:
+        """Index and name of every class whose images can be drawn: those of the base, then all others."""
+        if self.learner is None:
+            return {}
+        learned = [*self.learner.labels, *sorted(getattr(self.learner, "rows", ()))]
+        return {cls: self._imported.get(cls) or self.classes[cls] for cls in learned}
+
+    def class_of(self, word: str | int) -> int:
+        """The index of a class given by name or index; raises LabError when the run does not know it."""
+        names = {name: cls for cls, name in self.known.items()}
+        if word in names or word in self.known:
+            return names.get(word, word)
+        if str(word).isdecimal() and int(word) in self.known:
+            return int(word)
+        raise LabError(f"class={word}: accepted are the classes of this run, {', '.join(names)}.")
 
     @property
     def network(self) -> UNet:
@@ -95,7 +118,7 @@ class OpenRun:
         return self.learner.rows[cls]
 
     def source(self, cls: int) -> Source:
-        return self.learner.source(cls)
+        return self.learner.source(self.class_of(cls))
 
     def samples(self, cls: int, count: int | None = None) -> Tensor:
         """The first ``count`` samples of a class (default: as many as the run used), uint8 (count, C, H, W)."""
@@ -122,6 +145,60 @@ class OpenRun:
         """A_k of Eq. 22 after every task."""
         return [event["average"] for event in self.events if event["event"] == "accuracy"]
 
+    def export_class(self, word: str | int, path: Path) -> Path:
+        """Write one class, by name or index, as a file that ``import_class`` of another run over this base takes."""
+        cls = self._own_row(word)
+        base, name = classfiles.base_fingerprint(self.network), self.known[cls]
+        write_atomically(path, classfiles.content(self.adapters, self.row(cls), base, cls, name))
+        return path
+
+    def import_class(self, path: Path) -> int:
+        """Bring the class of a file into this run; returns its index.
+
+        Raises LabError, and changes nothing, when the file is damaged, was learned over another base or by another
+        method, or when the run already knows a class of that index.
+        """
+        self._frozen()
+        row, facts = classfiles.read(path, self.adapters)
+        cls, name = facts["class"], facts["name"]
+        if cls in self.known:
+            raise LabError(f"This run already knows class {cls} ({self.known[cls]}); `funlora remove` takes it out.")
+        if cls < len(self.classes) and name != self.classes[cls]:
+            raise LabError(f"{path} holds class {cls} named {name}, which this run's data call {self.classes[cls]}.")
+        target = classfiles.imported_file(self.run, cls)
+        with self._changing():
+            write_atomically(target, classfiles.content(self.adapters, row, facts["base"], cls, name))
+        return cls
+
+    def remove_class(self, word: str | int) -> int:
+        """Take one class, by name or index, out of this run; its training stays in the store. Returns its index."""
+        cls = self._own_row(word)
+        with self._changing():
+            if cls in self._imported:
+                classfiles.imported_file(self.run, cls).unlink()
+            else:
+                write_atomically(classfiles.removal_mark(self.run, cls), b"")
+        return cls
+
+    def _frozen(self) -> None:
+        if not isinstance(self.learner, FrozenBase):
+            raise LabError(f"The method {self.experiment.method} learns no class apart from the others.")
+
+    def _own_row(self, word: str | int) -> int:
+        self._frozen()
+        cls = self.class_of(word)
+        if cls in self.learner.labels:
+            raise LabError(f"class={word}: it was learned with the base itself; only later classes stand alone.")
+        return cls
+
+    @contextmanager
+    def _changing(self):
+        """Hold the run's folder while its classes change, and look at them anew afterwards."""
+        make_folder(self.run.folder / "classes")
+        with locked(self.run.folder, patience=10):
+            yield
+        del self.__dict__["learner"]
+
 
 def open_run(
     experiment: Experiment,
@@ -134,3 +211,11 @@ def open_run(
     for event in continual.run(experiment, runtime, home):
         show(event)
     return OpenRun(Run.of(experiment, home), runtime)
+
+
+def open_folder(word: Path | str, device: str = "auto") -> OpenRun:
+    """A finished run by its folder, or by its name under ``home()``; raises LabError when there is none."""
+    run = Run.at(word)
+    if run.results() is None:
+        raise LabError(f"The run {run.folder} is not finished; the same `funlora run` command finishes it.")
+    return OpenRun(run, Runtime(device=continual.pick_device(device)))

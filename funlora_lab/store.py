@@ -18,7 +18,7 @@ import json
 import os
 import socket
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +62,14 @@ def fingerprint(tensors: dict[str, Tensor], extra: dict[str, str] | None = None)
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raises LabError when that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise LabError(f"Cannot make {folder}: {reason.strerror or reason}.") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Either the whole new file or the old one, whatever happens; raises LabError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -78,12 +86,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
-    """Save tensors and JSON-able facts as one safetensors file with a checksum over both."""
+def packed(tensors: dict[str, Tensor], facts: dict | None = None) -> bytes:
+    """Tensors and JSON-able facts as the content of one safetensors file, with a checksum over both."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {name: canonical(value) for name, value in (facts or {}).items()}
     metadata[CHECKSUM] = fingerprint(tensors, metadata)
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    return safetensors.torch.save(tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
+    """Save ``packed`` tensors and facts atomically."""
+    write_atomically(path, packed(tensors, facts))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -162,10 +175,7 @@ class Stage:
 
     def open(self) -> None:
         """Make the folder and write down what the artefact depends on, before any work."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as reason:
-            raise LabError(f"Cannot make {self.folder}: {reason.strerror or reason}.") from None
+        make_folder(self.folder)
         inputs = self.folder / "inputs.json"
         if not inputs.exists():
             write_atomically(inputs, (json.dumps(self.inputs, indent=1, sort_keys=True) + "\n").encode())
@@ -232,6 +242,33 @@ class Run:
         name = f"{experiment.preset}-{experiment.method}-seed{experiment.seed}-{key}"
         return cls((folder or home()) / name, experiment)
 
+    @classmethod
+    def at(cls, word: Path | str) -> "Run":
+        """The run stored in the folder ``word``, or in the folder of that name under ``home()``.
+
+        Raises LabError when there is no run, or its config.json is damaged or of another version of this package.
+        """
+        folder = Path(word).absolute()
+        if not (folder / "config.json").is_file():
+            folder = home() / word
+        try:
+            stored = json.loads((folder / "config.json").read_text())["experiment"]
+            names = set(stored)
+        except OSError:
+            raise LabError(f"'{word}' is no run: accepted is a run's folder or its name under {home()}.") from None
+        except (ValueError, TypeError, KeyError):
+            raise LabError(f"{folder}/config.json is damaged: it does not hold a run's settings.") from None
+        if unlike := names ^ {field.name for field in fields(Experiment)}:
+            raise LabError(
+                f"{folder} is a run of another version of funlora-lab (settings that one of them lacks: "
+                f"{', '.join(sorted(unlike))}); the same `funlora run` command makes it anew and reuses what it can."
+            )
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        try:
+            return cls(folder, Experiment(**tuples))
+        except TypeError:
+            raise LabError(f"{folder}/config.json is damaged: a setting has a value of the wrong kind.") from None
+
     @property
     def results_file(self) -> Path:
         return self.folder / "results.json"
@@ -253,10 +290,7 @@ class Run:
 
     def open(self, provenance: dict) -> None:
         """Make the folder and write config.json (configuration and provenance) before any work."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as reason:
-            raise LabError(f"Cannot make {self.folder}: {reason.strerror or reason}.") from None
+        make_folder(self.folder)
         config = {"experiment": asdict(self.experiment), "provenance": provenance}
         write_atomically(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 

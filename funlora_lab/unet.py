@@ -3,8 +3,9 @@
 Letters: B images, C channels, H x W pixels, E = 4 * base channels (embedding width), K classes side by side.
 
 State dictionaries of ADM's and torchcfm's ``UNetModel`` of the same configuration load with ``strict=True``.
-The one addition: a convolution whose weight carries a leading class axis, (K, Cout, Cin, k, k), treats its batch as
-images of K interleaved classes (image ``i`` belongs to class ``i % K``) and runs as one grouped convolution.
+Two additions: a convolution whose weight carries a leading class axis, (K, Cout, Cin, k, k), treats its batch as
+images of K interleaved classes (image ``i`` belongs to class ``i % K``) and runs as one grouped convolution; and a
+two-dimensional one can scale and shift its input per class, ``affine`` (K, 2, Cin), before the zero padding.
 """
 
 import math
@@ -32,9 +33,20 @@ def _per_class(convolve, x: Tensor, weight: Tensor, bias: Tensor, **kwargs) -> T
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` that also runs with one kernel per class, (K, Cout, Cin, k, k), in place of its weight."""
+    """``nn.Conv2d`` that also runs with one kernel per class, (K, Cout, Cin, k, k), in place of its weight.
+
+    ``affine`` (K, 2, Cin), when ``functional_call`` hands it in, scales and shifts the input of each class; it is no
+    part of the layer's own numbers, and cannot be merged into them: a shift does not reach the zeros of the padding.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("affine", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.affine is not None:
+            scale, shift = self.affine.repeat(x.shape[0] // self.affine.shape[0], 1, 1)[..., None, None].unbind(1)
+            x = scale * x + shift
         if self.weight.dim() == 4:
             return super().forward(x)
         return _per_class(F.conv2d, x, self.weight, self.bias, stride=self.stride, padding=self.padding)

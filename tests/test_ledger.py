@@ -1,0 +1,134 @@
+"""Parameters a class, counted from the modules: every number of the paper's tables, to the digit."""
+
+import json
+
+import pytest
+
+from funlora_lab import ledger
+from funlora_lab.__main__ import main
+from funlora_lab.adapters import METHODS, Adapters
+from funlora_lab.config import PRESETS
+from funlora_lab.generators import build_unet
+from funlora_lab.unet import conv_layers
+
+CIFAR, IMAGENET = PRESETS["cifar100"], PRESETS["imagenet100"]
+
+
+@pytest.mark.parametrize(
+    ("window", "numbers"),
+    [
+        ("0-64", 34_054),
+        ("5-54", 29_440),
+        ("15-44", 18_432),
+        ("15-54", 24_832),
+        ("25-44", 13_312),
+        ("25-54", 19_712),
+        ("35-54", 13_056),
+        ("40-54", 9_728),
+        ("45-54", 6_400),
+        ("40-49", 6_656),
+        ("45-49", 3_328),
+    ],
+)
+def test_rank_one_windows(window, numbers):
+    assert ledger.parameters_per_class(CIFAR.but(method="vanilla-mul", window=window)) == numbers
+    assert ledger.parameters_per_class(CIFAR.but(method="vanilla-add", window=window)) == numbers
+
+
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({"method": "funlora"}, (10_028, 35_354)),
+        ({"method": "power"}, (10_028, 35_354)),
+        ({"method": "cosine-frozen"}, (9_878, 34_704)),
+        ({"method": "power-frozen"}, (9_878, 34_704)),
+        ({"method": "shift"}, (9_878, 34_704)),
+        ({"method": "vanilla-mul", "extra_rank": (48, 50)}, (11_264, 35_590)),
+        ({"method": "vanilla-add", "extra_rank": (48, 50)}, (11_264, 35_590)),
+        ({"method": "vanilla-add", "extra_rank": (42, 44, 46)}, (11_264, 35_590)),
+    ],
+)
+def test_functions_and_ranks_in_the_default_and_the_full_window(settings, numbers):
+    for window, expected in zip(("40-54", "0-64"), numbers, strict=True):
+        assert ledger.parameters_per_class(CIFAR.but(window=window, **settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "cifar", "imagenet"),
+    [
+        ("funlora", 10_028, 13_652),
+        ("scale-shift", 11_776, 16_128),
+        ("lora-attention", 18_432, 75_264),
+        ("lora-conv-v1", 12_288, 14_976),
+        ("lora-conv-v2", 10_752, 14_208),
+        ("label-embedding", 0, 0),
+    ],
+)
+def test_compared_methods(method, cifar, imagenet):
+    assert ledger.parameters_per_class(CIFAR.but(method=method)) == cifar
+    assert ledger.parameters_per_class(PRESETS["cifar10"].but(method=method)) == cifar
+    assert ledger.parameters_per_class(IMAGENET.but(method=method)) == imagenet
+
+
+@pytest.mark.parametrize(("ratio", "numbers"), [(1, 10_028), (2, 5_164), (4, 2_732), (8, 1_516), (16, 908)])
+def test_ratios_divide_the_vectors_and_not_the_hyperparameters(ratio, numbers):
+    assert ledger.parameters_per_class(CIFAR.but(ratio=ratio)) == numbers == 9_728 // ratio + 300
+
+
+def test_totals_count_base_embeddings_and_one_row_a_new_class_and_one_shared():
+    totals = {name: ledger.total_parameters(PRESETS[name]) for name in ("cifar10", "cifar100", "imagenet100")}
+    assert totals == {"cifar10": 35_841_679, "cifar100": 36_609_775, "imagenet100": 90_692_631}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "convolutions"), [("cifar100", 35_746_307, 65), ("imagenet100", 89_535_619, 67)]
+)
+def test_the_base_has_the_papers_size(name, numbers, convolutions):
+    net = ledger._network(name)
+    assert sum(value.numel() for key, value in net.named_parameters() if key != "label_emb.weight") == numbers
+    assert len(conv_layers(net)) == convolutions
+    assert net.embedding == 512
+
+
+def test_every_printed_number_is_equal_but_the_known_slip_and_the_open_row():
+    table = ledger.of_paper()
+    unlike = table[table.verdict != "equal"]
+    assert dict(zip(unlike.paper, unlike.verdict, strict=True)) == {
+        "5.284K": "differs",
+        "2.474K": "open",
+        "3.6K": "open",
+    }
+    assert table.ours[table.paper == "5.284K"].item() == 5_164
+    assert set(table.table) == {"I", "II", "IV", "V", "VI", "supplement"}
+    assert len(table) == 11 + 14 + 10 + 18 + 3 + 2
+
+
+def test_the_verdict_can_also_be_differs():
+    assert ledger._verdict("10.03K", 10_028) == "equal"
+    assert ledger._verdict("10.03K", 10_024) == "differs"
+    assert ledger._verdict("35.84M", 35_841_679) == "equal"
+    assert ledger._verdict("13", 14) == "differs"
+    assert ledger._verdict("3.6K", None) == "open"
+
+
+def test_what_is_counted_is_what_is_trained():
+    experiment = PRESETS["smoke"]
+    for method in METHODS:
+        adapters = Adapters(build_unet(experiment, 6), experiment.but(method=method))
+        trained = sum(value.numel() for value in adapters.start(7).values())
+        label = adapters.net.embedding if adapters.learns_label else 0
+        assert trained == adapters.parameters_per_class == ledger.parameters_per_class(adapters.experiment) + label
+
+
+def test_the_command_prints_the_papers_tables_and_a_presets_methods(capsys):
+    assert main(["ledger"]) == 0
+    out = capsys.readouterr().out
+    assert "5,164" in out
+    assert "differs" in out
+    assert main(["ledger", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["ours"] for row in rows if row["row"] == "LoRA Conv2d v1"] == [12_288, 12_288, 14_976]
+    assert main(["ledger", "digits", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == list(METHODS)
+    assert main(["ledger", "nosuch"]) == 2
+    assert "Unknown preset 'nosuch'" in capsys.readouterr().err
