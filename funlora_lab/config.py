@@ -30,6 +30,9 @@ OTHER_ADAPTERS = {"vanilla-add": 1e-2, "label-embedding": 3e-2}
 WHOLE_NETWORK = ("fine-tune", "generative-multitask", "classifier-multitask")
 METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
 
+# settings that came after the first runs were stored: at these values they leave a run's name as it was
+LATER = {"pretrain_root": "", "pretrain_images": 0}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -40,6 +43,8 @@ class Experiment:
     # data
     data: str = "digits"  # digits | cifar10 | cifar100 | folder
     data_root: str = ""  # where the data set lies; empty: FUNLORA_DATA, else ./data
+    pretrain_root: str = ""  # folder of unlabelled pictures on which the base is trained first; empty: none
+    pretrain_images: int = 0  # images seen there; 0: as many as base_images
     split: str = "2-2"  # classes of task 1, classes of every later task
     class_order: str = "natural"  # natural | shuffled-SEED | class indices joined by commas
     valid_fraction: float = 0.15  # share of the training images held out for every choice and for flow_loss
@@ -135,7 +140,7 @@ class Experiment:
         )
         for field in at_least_one.split():
             check(getattr(self, field) >= 1, field, "a whole number from 1 up")
-        not_negative = "seed base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop"
+        not_negative = "seed base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop pretrain_images"
         for field in not_negative.split():
             check(getattr(self, field) >= 0, field, "a whole number from 0 up")
         for field in ("valid_fraction", "dropout", "base_ema", "adapter_ema", "classifier_momentum"):
@@ -151,6 +156,7 @@ class Experiment:
         check(
             self.image_size % shrink == 0, "image_size", f"a multiple of {shrink} with {len(self.multipliers)} levels"
         )
+        check(bool(self.pretrain_root) or not self.pretrain_images, "pretrain_images", "0 without pretrain_root")
         check(self.crop < self.image_size, "crop", "fewer pixels than image_size")
         check(re.fullmatch(r"[1-9]\d*-[1-9]\d*", self.split) is not None, "split", "two whole numbers such as 2-2")
         check(
@@ -184,6 +190,16 @@ class Experiment:
     @property
     def adapter_steps(self) -> int:
         return -(-self.adapter_images // self.adapter_batch)
+
+    @property
+    def pretrain_steps(self) -> int:
+        return -(-(self.pretrain_images or self.base_images) // self.base_batch)
+
+    @property
+    def identity(self) -> dict:
+        """All settings but those of ``LATER`` at their default: what names a run's folder."""
+        settings = dataclasses.asdict(self)
+        return {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
 
     def but(self, **changes) -> "Experiment":
         """A copy with some fields changed, validated again."""

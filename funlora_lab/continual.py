@@ -152,7 +152,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
         for event in record.events():
             yield {**event, "replayed": True}
         return
-    dataset = data.load(experiment)
+    dataset = data.load(experiment, home)
     tasks = data.tasks(experiment, len(dataset.classes))
     work = Work(experiment, dataset, tasks, Store(record.folder.parent), runtime)
     learner = generator_of(work)

@@ -15,10 +15,12 @@ from funlora_lab.adapters import Adapters, Row, stack, unstack
 from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.flow import Velocity, flow_loss
-from funlora_lab.store import Stage, Store
+from funlora_lab.store import Stage, Store, fingerprint
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 from funlora_lab.unet import UNet
+
+NULL = -1  # the label of pictures without one
 
 
 @dataclass
@@ -129,27 +131,33 @@ class WholeNetwork:
             build_unet(self.work.experiment, 1)
 
     def train(self, name: str, labels: list[int], images: Images, steps: int, **inputs) -> Iterator[Event]:
-        """Train (or load) the network on ``images``, from the current one if there is one, else from scratch."""
+        """Train (or load) the network on ``images``, from the current one if there is one, else from scratch.
+
+        With ``pretrain_root`` "from scratch" means: from a network trained on the unlabelled pictures there.
+        """
         work, e = self.work, self.work.experiment
+        if self.net is None and e.pretrain_root and labels != [NULL]:
+            yield from self._pretrain()
         stage = work.store.stage(
             "network",
             name=name,
             labels=labels,
             steps=steps,
             after=self.key,
-            data=work.dataset.fingerprint,
             seed=e.seed,
             flip=e.flip,
             precision=e.precision,
             unet=e.select(*UNET_FIELDS),
             training=e.select("base_batch", "base_lr", "base_schedule", "base_warmup", "base_ema", "grad_clip"),
-            **inputs,
+            **({"data": work.dataset.fingerprint} | inputs),
         )
         net = build_unet(e, len(labels))
         if self.net is not None:
             old = self.net.state_dict()
             embedding = net.label_emb.weight.detach().clone()
             embedding[: len(self.labels)] = old["label_emb.weight"].cpu()
+            if self.labels == [NULL]:  # every class starts where the unlabelled pictures left off
+                embedding[:] = old["label_emb.weight"].cpu()
             net.load_state_dict(old | {"label_emb.weight": embedding})
         if stage.done:
             yield from work.replay(stage)
@@ -161,6 +169,17 @@ class WholeNetwork:
         net.load_state_dict(weights)
         work.seconds[stage.key] = facts["seconds"]
         self.net, self.key, self.labels = net.to(work.runtime.device).eval().requires_grad_(False), stage.key, labels
+
+    def _pretrain(self) -> Iterator[Event]:
+        """Unsupervised pre-training of the base (the paper's supplement 6.4), conditioned on one learned null label.
+
+        The paper does not say what stands in for the label; one embedding shared by all pictures does here, and the
+        embedding of every class of task 1 starts as a copy of it.
+        """
+        pixels = self.work.dataset.unlabelled
+        images = Images(pixels, torch.full((len(pixels),), NULL))
+        steps = self.work.experiment.pretrain_steps
+        yield from self.train("pretrain", [NULL], images, steps, data=fingerprint({"pixels": pixels})[:16])
 
     def source(self, cls: int) -> Source:
         position, net, device = self.labels.index(cls), self.net, self.work.runtime.device

@@ -227,8 +227,7 @@ class Run:
     @classmethod
     def of(cls, experiment: Experiment, folder: Path | None = None) -> "Run":
         """The run of this configuration under ``folder`` (default: ``home()``); nothing is written yet."""
-        config = asdict(experiment)
-        key = hashlib.sha256(canonical(config).encode()).hexdigest()[:8]
+        key = hashlib.sha256(canonical(experiment.identity).encode()).hexdigest()[:8]
         name = f"{experiment.preset}-{experiment.method}-seed{experiment.seed}-{key}"
         return cls((folder or home()) / name, experiment)
 
