@@ -84,10 +84,14 @@ def _noised(images: Images, order: Tensor, flip: bool, generator: torch.Generato
 
 
 def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: int, name: str) -> Iterator[Event]:
-    """Train the whole network on images whose labels are positions in its embedding, and finish the stage."""
-    e, device = work.experiment, work.runtime.device
+    """Train the whole network on images whose labels are positions in its embedding, and finish the stage.
+
+    Of several processes each computes its part of every batch.
+    """
+    e, device, team = work.experiment, work.runtime.device, work.runtime.team
+    team.check(stage.state_file, e.base_batch)
     stage.open()
-    net.to(device).train()
+    model = team.wrap(net.to(device).train())
     images = Images(images.pixels.to(device), images.labels.to(device))
     shuffle = Shuffle(len(images), e.seed, name, "order")
     parameters = dict(net.named_parameters())
@@ -95,9 +99,9 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     def loss_at(step: int) -> Tensor:
         order = shuffle.batch(step, e.base_batch)
         x1, x0, t = _noised(images, order, e.flip, stream(e.seed, name, step, device=device))
-        y = images.labels[order.to(device)]
-        with seeded(e.seed, name, "dropout", step, device=device), _autocast(e, device):
-            return flow_loss(lambda t, x: net(t, x, y), x1, x0, t).mean()[None]
+        x1, x0, t, y = team.part(x1, x0, t, images.labels[order.to(device)])
+        with seeded(e.seed, name, "dropout", step, *team.key, device=device), _autocast(e, device):
+            return team.mean(flow_loss(lambda t, x: model(t, x, y), x1, x0, t), e.base_batch)[None]
 
     plan = Plan(
         steps,
@@ -113,7 +117,8 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     result, facts = yield from fit(
         stage, plan, optimizer, parameters, loss_at, work.runtime, [{"stage": name}], clip=e.grad_clip
     )
-    stage.finish(result, **facts, batch=e.base_batch)
+    stage.finish(result, **facts, batch=e.base_batch, processes=team.size)
+    team.wait()
 
 
 class WholeNetwork:
@@ -224,9 +229,14 @@ class FrozenBase(WholeNetwork):
             yield from self.train("base", classes, work.dataset.train.of(classes), work.experiment.base_steps)
             self.adapters = Adapters(self.net, work.experiment)
             return
-        lanes = work.experiment.lanes or len(classes)
-        for first in range(0, len(classes), lanes):
-            yield from self.learn_side_by_side(classes[first : first + lanes])
+        for group in self.groups(task):
+            yield from self.learn_side_by_side(group)
+
+    def groups(self, task: int) -> list[list[int]]:
+        """The classes of a later task, divided into those trained side by side."""
+        classes = self.work.tasks[task]
+        lanes = self.work.experiment.lanes or len(classes)
+        return [classes[first : first + lanes] for first in range(0, len(classes), lanes)]
 
     def check(self) -> None:
         with torch.device("meta"):
@@ -309,7 +319,7 @@ class FrozenBase(WholeNetwork):
         optimizer = torch.optim.Adam(parameters.values(), lr=e.adapter_rate, fused=True)
         labels = [{"stage": "adapter", "class": cls} for cls in classes]
         result, facts = yield from fit(group, plan, optimizer, parameters, loss_at, self.work.runtime, labels)
-        facts["seconds"] /= K
+        facts |= {"seconds": facts["seconds"] / K, "base": fingerprint(self.net.state_dict())}
         for cls, row in zip(classes, unstack(result, K), strict=True):
             stage = self.stage(cls)
             stage.open()
