@@ -164,7 +164,8 @@ def load(experiment: Experiment, home: Path | None = None) -> Dataset:
     if experiment.pretrain_root:
         root = Path(experiment.pretrain_root).expanduser().absolute()
         unlabelled = folders.unlabelled(root, experiment.image_size, experiment.channels, cache)
-    return Dataset(experiment.data, classes, train, valid, test, unlabelled)
+    name = f"folder {data_root(experiment)}" if experiment.data == "folder" else experiment.data
+    return Dataset(name, classes, train, valid, test, unlabelled)
 
 
 def class_order(order: str, classes: int) -> list[int]:

@@ -70,7 +70,7 @@ def test_a_folder_of_mixed_sizes_and_formats_goes_through_the_whole_protocol(sha
     assert len(result["accuracy"]) == 3
     assert 0 <= result["LA"] <= 1
     assert sum(map(sum, result["confusion"])) == 30
-    assert result["PPC"] > 0
+    assert result["provenance"]["data"]["name"] == f"folder {shapes}"
 
 
 def test_a_second_reading_comes_from_the_cache_and_a_changed_picture_is_noticed(shapes, tmp_path, monkeypatch):
