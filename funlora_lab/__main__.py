@@ -127,8 +127,7 @@ def _base_together(experiment: Experiment, runtime) -> bool:
     from funlora_lab import distributed, shares
 
     with distributed.team_of(runtime.device) as team:
-        together = dataclasses.replace(runtime, stop=team.together(runtime.stop), team=team)
-        events = shares.learn(experiment, together)
+        events = shares.learn(experiment, dataclasses.replace(runtime, team=team))
         try:
             if team.rank == 0:
                 _shown(events)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from funlora_lab.errors import LabError
 from funlora_lab.store import Stage, Store, read_tensors
 
-ASK_EVERY = 10  # steps between two questions whether to stop, which all processes must answer alike
+ASK_EVERY = 10  # steps between two questions whether to stop, to which all processes need the same answer
 PATIENCE = timedelta(days=7)  # with which a process waits for the others: reading many pictures takes its time
 
 
@@ -78,20 +78,15 @@ class Team:
         if self.size > 1:
             dist.barrier()
 
-    def together(self, stop: Callable[[], str | None]) -> Callable[[], str | None]:
-        """``stop`` of process 0 for all: asked before every step, answered alike at every tenth."""
-        asked = 0
-
-        def agreed() -> str | None:
-            nonlocal asked
-            asked += 1
-            if asked % ASK_EVERY:
-                return None
-            answer = [stop() if self.rank == 0 else None]
-            dist.broadcast_object_list(answer, device=torch.device("cpu"))
-            return answer[0]
-
-        return agreed
+    def ask(self, stop: Callable[[], str | None], step: int) -> str | None:
+        """``stop()``; of several processes the first one's answer for all of them, at every tenth step only."""
+        if self.size == 1:
+            return stop()
+        if step % ASK_EVERY:
+            return None
+        answer = [stop() if self.rank == 0 else None]
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        return answer[0]
 
     def store(self, folder: Path | None) -> Store:
         return Store(folder) if self.rank == 0 else _ReadingStore(folder)

@@ -157,7 +157,7 @@ def fit(
         save_cost = last_save - before
 
     for step in range(first, plan.steps):
-        if reason := runtime.stop():
+        if reason := runtime.team.ask(runtime.stop, step):
             save(step)
             raise Stopped(reason)
         for group in optimizer.param_groups:

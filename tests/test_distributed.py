@@ -1,5 +1,6 @@
 """Several processes train the base that one process trains, and process 0 alone writes it."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import torch
 
 from funlora_lab import shares
 from funlora_lab.config import preset
-from funlora_lab.distributed import Team, _ReadingStore
+from funlora_lab.distributed import ASK_EVERY, Team, _ReadingStore
+from funlora_lab.errors import Stopped
 from funlora_lab.store import Store, read_tensors
 from funlora_lab.training import Runtime
 
@@ -44,9 +46,14 @@ def base_of(home):
 
 def test_two_processes_stopped_and_resumed_train_the_base_of_one(tmp_path):
     list(shares.learn(EXPERIMENT, Runtime(), tmp_path / "one"))
+    asked = itertools.count()
+    with pytest.raises(Stopped):  # first by one process
+        list(shares.learn(EXPERIMENT, Runtime(stop=lambda: "Enough." if next(asked) == 7 else None), tmp_path / "two"))
+    state = next((tmp_path / "two" / "artefacts").glob("network-*/state.safetensors"))
+    assert read_tensors(state)[1]["step"] == 7
     stopped = torchrun(tmp_path / "two", "--classes", "6:7", "--minutes", "0.0001")
     assert stopped.count("Everything is saved") == 1, "process 0 alone speaks"
-    assert read_tensors(next((tmp_path / "two" / "artefacts").glob("network-*/state.safetensors")))[1]["step"] > 0
+    assert read_tensors(state)[1]["step"] == ASK_EVERY
     finished = torchrun(tmp_path / "two", "--classes", "6:7")
     assert finished.count("Learned 6 in") == 1
     one, _ = read_tensors(base_of(tmp_path / "one"))
