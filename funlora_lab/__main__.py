@@ -1,8 +1,9 @@
-"""The command: ``funlora run | list | ledger | export | import | remove | notebooks``."""
+"""The command ``funlora``: one block of the parser and one small function a subcommand."""
 
 import argparse
 import dataclasses
 import json
+import shlex
 import signal
 import sys
 import time
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from funlora_lab import __version__
 from funlora_lab.config import METHODS, PRESETS, Experiment, override, preset
-from funlora_lab.errors import LabError
+from funlora_lab.errors import LabError, Stopped
 
 
 def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
+    arguments.words = sys.argv[1:] if words is None else words
     try:
         return arguments.act(arguments) or 0
     except LabError as reason:
@@ -39,7 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     _experiment_arguments(run)
     run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     run.add_argument("--json", action="store_true", help="print the closing result as one JSON object")
+    run.add_argument("--minutes", type=_minutes, help="stop after so many minutes, saved; the same command goes on")
+    share = run.add_mutually_exclusive_group()
+    share.add_argument(
+        "--classes", metavar="FIRST:LAST", help="learn only these later classes, e.g. 20:40 of the order"
+    )
+    share.add_argument("--worker", metavar="I/N", help="learn only the I-th of N shares of the later classes")
     run.set_defaults(act=_run)
+
+    merge = commands.add_parser("merge", help="bring what other homes have finished (shares of a run) into this one")
+    merge.add_argument("folders", nargs="+", metavar="FOLDER", help="a FUNLORA_HOME, copied from elsewhere")
+    merge.add_argument("--json", action="store_true", help="print what was brought as one JSON object")
+    merge.set_defaults(act=_merge)
 
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
@@ -87,30 +100,103 @@ def _experiment(arguments) -> Experiment:
     return override(preset(arguments.preset), words)
 
 
+def _minutes(word: str) -> float:
+    minutes = float(word)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word}: accepted is a number of minutes above 0")
+    return minutes
+
+
 def _run(arguments) -> None:
+    stop = _Stop(arguments.minutes)
     experiment = _experiment(arguments)
-    from funlora_lab import continual, pictures
-    from funlora_lab.opened import OpenRun
-    from funlora_lab.progress import Progress
-    from funlora_lab.store import Run
+    from funlora_lab import continual, distributed, shares
     from funlora_lab.training import Runtime
 
-    runtime = Runtime(device=continual.pick_device(arguments.device), stop=_on_sigterm())
-    begun = time.monotonic()
-    result = {}
+    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop)
+    try:
+        if distributed.launched() and not _base_together(experiment, runtime):
+            return
+        if arguments.classes is not None or arguments.worker is not None:
+            _print_share(
+                _shown(shares.learn(experiment, runtime, None, arguments.classes, arguments.worker)), arguments
+            )
+        else:
+            _print_result(_shown(continual.run(experiment, runtime)), experiment, runtime, stop.begun, arguments)
+    except Stopped as reason:
+        if not stop.late:
+            raise
+        command = shlex.join(["funlora", *arguments.words])
+        if arguments.json:
+            print(json.dumps({"finished": False, "reason": str(reason), "command": command}))
+        else:
+            print(f"{reason} Everything is saved; the same command goes on from there:\n  {command}")
+
+
+def _shown(events) -> dict:
+    """Show events as they come; returns the last one."""
+    from funlora_lab.progress import Progress
+
+    event = {}
     with Progress(sys.stderr) as progress:
-        for event in continual.run(experiment, runtime):
+        for event in events:
             progress.show(event)
-            result = event
+    return event
+
+
+def _base_together(experiment: Experiment, runtime) -> bool:
+    """Train the base in all processes that torchrun started; true for the one that goes on with the rest alone."""
+    from funlora_lab import distributed, shares
+
+    with distributed.team_of(runtime.device) as team:
+        events = shares.learn(experiment, dataclasses.replace(runtime, team=team))
+        try:
+            if team.rank == 0:
+                _shown(events)
+            for _ in events:
+                pass
+        except Stopped:
+            if team.rank == 0:
+                raise
+        return team.rank == 0
+
+
+def _print_share(share: dict, arguments) -> None:
+    if arguments.json:
+        print(json.dumps(share | {"finished": True}))
+    else:
+        print(f"Learned {', '.join(share['classes'])} in {share['home']}; `funlora merge` brings them to another home.")
+
+
+def _print_result(result: dict, experiment: Experiment, runtime, begun: float, arguments) -> None:
+    from funlora_lab import pictures
+    from funlora_lab.opened import OpenRun
+    from funlora_lab.store import Run
+
     run = Run.of(experiment)
     paths = sorted(run.folder.glob("*.png")) or pictures.save(OpenRun(run, runtime))
     if arguments.json:
         keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
-        print(json.dumps({key: result[key] for key in keys}))
+        print(json.dumps({key: result[key] for key in keys} | {"finished": True}))
     else:
         print(closing_table(result))
         print(f"\nPictures: {', '.join(path.name for path in paths)} in {run.folder}")
         print(f"This call took {time.monotonic() - begun:.1f} s.")
+
+
+def _merge(arguments) -> None:
+    from pathlib import Path
+
+    from funlora_lab import shares
+
+    facts = shares.merge([Path(folder).expanduser() for folder in arguments.folders])
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    brought = ", ".join(f"{count} {kind}" for kind, count in facts["brought"].items()) or "nothing new"
+    print(f"Brought to {facts['home']}: {brought}; {facts['known']} files were here already.")
+    if facts["unfinished"]:
+        print(f"{facts['unfinished']} unfinished artefacts were left out: finish their shares and merge again.")
 
 
 def closing_table(result: dict) -> str:
@@ -135,10 +221,24 @@ def closing_table(result: dict) -> str:
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
-def _on_sigterm():
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    return lambda: "Asked to stop; everything is saved and the same command resumes the run." if asked else None
+class _Stop:
+    """Asked before every step: the sentence that says why to stop now (SIGTERM, or the minutes are over), else None."""
+
+    def __init__(self, minutes: float | None):
+        self.begun, self.minutes, self.asked = time.monotonic(), minutes, False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    @property
+    def late(self) -> bool:
+        return self.minutes is not None and not self.asked and time.monotonic() - self.begun >= 60 * self.minutes
+
+    def __call__(self) -> str | None:
+        if self.asked:
+            return "Asked to stop; everything is saved and the same command resumes the run."
+        return f"Stopped after {self.minutes:g} minutes, as asked." if self.late else None
 
 
 def _list(arguments) -> None:

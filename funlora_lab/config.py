@@ -39,6 +39,9 @@ WHOLE_NETWORK = ("fine-tune", "generative-multitask", "classifier-multitask")
 METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
 VANILLA = ("vanilla-add", "vanilla-mul")  # F = AB, and its rank may be chosen layer by layer
 
+# settings that came after the first runs were stored: at these values they leave a run's name as it was
+LATER = {"pretrain_root": "", "pretrain_images": 0}
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -49,6 +52,8 @@ class Experiment:
     # data
     data: str = "digits"  # digits | cifar10 | cifar100 | folder
     data_root: str = ""  # where the data set lies; empty: FUNLORA_DATA, else ./data
+    pretrain_root: str = ""  # folder of unlabelled pictures on which the base is trained first; empty: none
+    pretrain_images: int = 0  # images seen there; 0: as many as base_images
     split: str = "2-2"  # classes of task 1, classes of every later task
     class_order: str = "natural"  # natural | shuffled-SEED | class indices joined by commas
     valid_fraction: float = 0.15  # share of the training images held out for every choice and for flow_loss
@@ -149,7 +154,7 @@ class Experiment:
         )
         for field in at_least_one.split():
             check(getattr(self, field) >= 1, field, "a whole number from 1 up")
-        not_negative = "seed base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop"
+        not_negative = "seed base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop pretrain_images"
         for field in not_negative.split():
             check(getattr(self, field) >= 0, field, "a whole number from 0 up")
         for field in ("valid_fraction", "dropout", "base_ema", "adapter_ema", "classifier_momentum"):
@@ -165,6 +170,7 @@ class Experiment:
         check(
             self.image_size % shrink == 0, "image_size", f"a multiple of {shrink} with {len(self.multipliers)} levels"
         )
+        check(bool(self.pretrain_root) or not self.pretrain_images, "pretrain_images", "0 without pretrain_root")
         check(self.crop < self.image_size, "crop", "fewer pixels than image_size")
         check(re.fullmatch(r"[1-9]\d*-[1-9]\d*", self.split) is not None, "split", "two whole numbers such as 2-2")
         check(
@@ -210,6 +216,16 @@ class Experiment:
     @property
     def adapter_steps(self) -> int:
         return -(-self.adapter_images // self.adapter_batch)
+
+    @property
+    def pretrain_steps(self) -> int:
+        return -(-(self.pretrain_images or self.base_images) // self.base_batch)
+
+    @property
+    def identity(self) -> dict:
+        """All settings but those of ``LATER`` at their default: what names a run's folder."""
+        settings = dataclasses.asdict(self)
+        return {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
 
     def but(self, **changes) -> "Experiment":
         """A copy with some fields changed, validated again."""
@@ -328,6 +344,30 @@ PRESETS = {
     ),
     "digits": _DIGITS,
     "cifar10": _CIFAR10,
+    # Half the channels and a quarter of the images: about 29 PFLOP in all (base 12, adapters 7, samples 3, classifiers
+    # 8), so 5 to 8 minutes at 70 to 100 TFLOP/s, a tenth of an H200's bf16 rate; an estimate, until it is measured.
+    "cifar10-quick": _CIFAR10.but(
+        preset="cifar10-quick",
+        base_channels=64,
+        precision="bf16",
+        base_images=1_200_000,  # 120 epochs of 10,000 images
+        base_batch=256,
+        base_lr=5e-4,
+        base_schedule="cosine",
+        base_warmup=25_600,  # 100 steps
+        base_ema=0.999,
+        base_ema_start=0,
+        adapter_images=128_000,  # 26 epochs of 5,000 images
+        adapter_schedule="cosine",
+        adapter_ema=0.995,
+        adapter_ema_start=0,
+        solver="midpoint",
+        steps=8,  # 16 evaluations of the network
+        chunk=1_000,
+        classifier_epochs=12,
+        classifier_batch=200,
+        log_every=100,
+    ),
     "cifar100": _CIFAR100,
     "cifar100-10": _CIFAR100.but(
         preset="cifar100-10", split="10-10", base_images=2_500_000, base_ema_start=1_000_000, adapter_batch=13

@@ -23,7 +23,7 @@ from torch import Tensor
 from funlora_lab import __version__, data, metrics
 from funlora_lab import classifier as classifiers
 from funlora_lab.config import Experiment
-from funlora_lab.data import Images, to_floats
+from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import Source, Work, generator_of
@@ -33,8 +33,8 @@ from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
 
-def provenance(device: torch.device) -> dict:
-    """Where and with what a result was made."""
+def provenance(device: torch.device, dataset: Dataset) -> dict:
+    """Where, with what and from which images a result was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
@@ -42,6 +42,7 @@ def provenance(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -152,13 +153,13 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
         for event in record.events():
             yield {**event, "replayed": True}
         return
-    dataset = data.load(experiment)
+    dataset = data.load(experiment, home)
     tasks = data.tasks(experiment, len(dataset.classes))
     work = Work(experiment, dataset, tasks, Store(record.folder.parent), runtime)
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device)
+    about = provenance(runtime.device, dataset)
     record.open(about)
     with locked(record.folder), open(record.log_file, "w") as log:
         results = {}

@@ -4,13 +4,16 @@ Images are uint8 (N, C, H, W) and become floats in [-1, 1] only inside a trainin
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from funlora_lab import folders, store
 from funlora_lab.config import Experiment
 from funlora_lab.errors import LabError
 from funlora_lab.streams import stream
@@ -45,13 +48,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """``train`` to learn from, ``valid`` (held out of the training images) for choices, ``test`` for the score."""
+    """``train`` to learn from, ``valid`` (held out of the training images) for choices, ``test`` for the score.
+
+    ``unlabelled`` holds the pictures (N, C, H, W) on which the base is pre-trained, if any.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Images
     valid: Images
     test: Images
+    unlabelled: Tensor | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,7 +70,10 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
-def _digits(experiment: Experiment) -> tuple[tuple[str, ...], Images, Images]:
+Parts = tuple[tuple[str, ...], Images, Images]  # class names, training images, test images
+
+
+def _digits(experiment: Experiment, cache: Path) -> Parts:
     """scikit-learn's 1,797 digits of 8 x 8 pixels and 17 grey levels, with a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -76,11 +86,54 @@ def _digits(experiment: Experiment) -> tuple[tuple[str, ...], Images, Images]:
     return tuple("0123456789"), part["train"], part["test"]
 
 
-def _missing(experiment: Experiment) -> tuple[tuple[str, ...], Images, Images]:
-    raise LabError(f"data={experiment.data} cannot be read yet: accepted is digits.")
+def data_root(experiment: Experiment) -> Path:
+    """Where data sets lie: the setting data_root, else FUNLORA_DATA, else ``data`` in the current folder."""
+    return Path(experiment.data_root or os.environ.get("FUNLORA_DATA") or "data").expanduser().absolute()
 
 
-SOURCES = {"digits": _digits, "cifar10": _missing, "cifar100": _missing, "folder": _missing}
+def _cifar(experiment: Experiment, cache: Path) -> Parts:
+    """CIFAR10 or CIFAR100 as torchvision reads its "python version", whose files it knows by their checksums."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[experiment.data]
+    root = data_root(experiment)
+    try:
+        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError) as reason:
+        what = "no complete copy" if (root / kind.base_folder).exists() else "no copy"
+        raise LabError(
+            f"data={experiment.data}: {what} in {root} ({str(reason).split('.')[0]}); unpack {kind.filename} from "
+            f"{kind.url} so that {root / kind.base_folder} exists, or say with data_root or FUNLORA_DATA where it lies."
+        ) from None
+    train, test = (
+        Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return tuple(parts[0].classes), train, test
+
+
+def _folder(experiment: Experiment, cache: Path) -> Parts:
+    """``train/<class>/*`` and ``test/<class>/*``; the classes are the folders' names, sorted.
+
+    The folder is data_root; without that, FUNLORA_DATA or ``data``, or what is named after the preset in there.
+    """
+    root = data_root(experiment)
+    if not experiment.data_root and not (root / "train").is_dir() and (root / experiment.preset).is_dir():
+        root = root / experiment.preset
+    files = folders.listing(root)
+    classes = tuple(files["train"])
+    tasks(experiment, len(classes))  # before the long reading
+
+    def images(part: str) -> Images:
+        paths = [path for found in files[part].values() for path in found]
+        counts = torch.tensor([len(found) for found in files[part].values()])
+        pixels = folders.pixels_of(paths, root, experiment.image_size, experiment.channels, cache)
+        return Images(pixels, torch.arange(len(classes)).repeat_interleave(counts))
+
+    return classes, images("train"), images("test")
+
+
+SOURCES = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar, "folder": _folder}
 
 
 def _hold_out(images: Images, fraction: float, classes: int) -> tuple[Images, Images]:
@@ -93,9 +146,13 @@ def _hold_out(images: Images, fraction: float, classes: int) -> tuple[Images, Im
     return Images(images.pixels[~held], images.labels[~held]), Images(images.pixels[held], images.labels[held])
 
 
-def load(experiment: Experiment) -> Dataset:
-    """The experiment's images; raises LabError when they are missing or do not fit the experiment."""
-    classes, train, test = SOURCES[experiment.data](experiment)
+def load(experiment: Experiment, home: Path | None = None) -> Dataset:
+    """The experiment's images; raises LabError when they are missing or do not fit the experiment.
+
+    Pictures from folders are kept as tensors in ``<home>/images``.
+    """
+    cache = (home or store.home()) / "images"
+    classes, train, test = SOURCES[experiment.data](experiment, cache)
     C, H, W = train.pixels.shape[1:]
     if (C, H, W) != (experiment.channels, experiment.image_size, experiment.image_size):
         raise LabError(
@@ -103,7 +160,12 @@ def load(experiment: Experiment) -> Dataset:
             f"accepted for data={experiment.data} is image_size={H} with channels={C}."
         )
     train, valid = _hold_out(train, experiment.valid_fraction, len(classes))
-    return Dataset(experiment.data, classes, train, valid, test)
+    unlabelled = None
+    if experiment.pretrain_root:
+        root = Path(experiment.pretrain_root).expanduser().absolute()
+        unlabelled = folders.unlabelled(root, experiment.image_size, experiment.channels, cache)
+    name = f"folder {data_root(experiment)}" if experiment.data == "folder" else experiment.data
+    return Dataset(name, classes, train, valid, test, unlabelled)
 
 
 def class_order(order: str, classes: int) -> list[int]:
@@ -123,9 +185,10 @@ def tasks(experiment: Experiment, classes: int) -> list[list[int]]:
     """The classes of every task; ``split=a-b`` gives task 1 a classes and every later task b."""
     first, later = (int(word) for word in experiment.split.split("-"))
     order = class_order(experiment.class_order, classes)
-    if first > classes or (classes - first) % later:
+    if first >= classes or (classes - first) % later:
+        few = classes // 5 or 1
         raise LabError(
             f"split={experiment.split}: {classes} classes cannot be divided into {first} and then {later} at a time; "
-            f"accepted is for example {classes // 5 or 1}-{classes // 5 or 1}."
+            f"accepted is for example {few + classes % few}-{few}."
         )
     return [order[:first]] + [order[i : i + later] for i in range(first, classes, later)]

@@ -15,10 +15,12 @@ from funlora_lab.adapters import METHODS, Adapters, Row, stack, unstack
 from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.flow import Velocity, flow_loss
-from funlora_lab.store import Stage, Store
+from funlora_lab.store import Stage, Store, fingerprint
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 from funlora_lab.unet import UNet
+
+NULL = -1  # the label of pictures without one
 
 
 @dataclass
@@ -82,10 +84,14 @@ def _noised(images: Images, order: Tensor, flip: bool, generator: torch.Generato
 
 
 def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: int, name: str) -> Iterator[Event]:
-    """Train the whole network on images whose labels are positions in its embedding, and finish the stage."""
-    e, device = work.experiment, work.runtime.device
+    """Train the whole network on images whose labels are positions in its embedding, and finish the stage.
+
+    Of several processes each computes its part of every batch.
+    """
+    e, device, team = work.experiment, work.runtime.device, work.runtime.team
+    team.check(stage.state_file, e.base_batch)
     stage.open()
-    net.to(device).train()
+    model = team.wrap(net.to(device).train())
     images = Images(images.pixels.to(device), images.labels.to(device))
     shuffle = Shuffle(len(images), e.seed, name, "order")
     parameters = dict(net.named_parameters())
@@ -93,9 +99,9 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     def loss_at(step: int) -> Tensor:
         order = shuffle.batch(step, e.base_batch)
         x1, x0, t = _noised(images, order, e.flip, stream(e.seed, name, step, device=device))
-        y = images.labels[order.to(device)]
-        with seeded(e.seed, name, "dropout", step, device=device), _autocast(e, device):
-            return flow_loss(lambda t, x: net(t, x, y), x1, x0, t).mean()[None]
+        x1, x0, t, y = team.part(x1, x0, t, images.labels[order.to(device)])
+        with seeded(e.seed, name, "dropout", step, *team.key, device=device), _autocast(e, device):
+            return team.mean(flow_loss(lambda t, x: model(t, x, y), x1, x0, t), e.base_batch)[None]
 
     plan = Plan(
         steps,
@@ -111,7 +117,8 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     result, facts = yield from fit(
         stage, plan, optimizer, parameters, loss_at, work.runtime, [{"stage": name}], clip=e.grad_clip
     )
-    stage.finish(result, **facts, batch=e.base_batch)
+    stage.finish(result, **facts, batch=e.base_batch, processes=team.size)
+    team.wait()
 
 
 class WholeNetwork:
@@ -129,27 +136,33 @@ class WholeNetwork:
             build_unet(self.work.experiment, 1)
 
     def train(self, name: str, labels: list[int], images: Images, steps: int, **inputs) -> Iterator[Event]:
-        """Train (or load) the network on ``images``, from the current one if there is one, else from scratch."""
+        """Train (or load) the network on ``images``, from the current one if there is one, else from scratch.
+
+        With ``pretrain_root`` "from scratch" means: from a network trained on the unlabelled pictures there.
+        """
         work, e = self.work, self.work.experiment
+        if self.net is None and e.pretrain_root and labels != [NULL]:
+            yield from self._pretrain()
         stage = work.store.stage(
             "network",
             name=name,
             labels=labels,
             steps=steps,
             after=self.key,
-            data=work.dataset.fingerprint,
             seed=e.seed,
             flip=e.flip,
             precision=e.precision,
             unet=e.select(*UNET_FIELDS),
             training=e.select("base_batch", "base_lr", "base_schedule", "base_warmup", "base_ema", "grad_clip"),
-            **inputs,
+            **({"data": work.dataset.fingerprint} | inputs),
         )
         net = build_unet(e, len(labels))
         if self.net is not None:
             old = self.net.state_dict()
             embedding = net.label_emb.weight.detach().clone()
             embedding[: len(self.labels)] = old["label_emb.weight"].cpu()
+            if self.labels == [NULL]:  # every class starts where the unlabelled pictures left off
+                embedding[:] = old["label_emb.weight"].cpu()
             net.load_state_dict(old | {"label_emb.weight": embedding})
         if stage.done:
             yield from work.replay(stage)
@@ -161,6 +174,17 @@ class WholeNetwork:
         net.load_state_dict(weights)
         work.seconds[stage.key] = facts["seconds"]
         self.net, self.key, self.labels = net.to(work.runtime.device).eval().requires_grad_(False), stage.key, labels
+
+    def _pretrain(self) -> Iterator[Event]:
+        """Unsupervised pre-training of the base (the paper's supplement 6.4), conditioned on one learned null label.
+
+        The paper does not say what stands in for the label; one embedding shared by all pictures does here, and the
+        embedding of every class of task 1 starts as a copy of it.
+        """
+        pixels = self.work.dataset.unlabelled
+        images = Images(pixels, torch.full((len(pixels),), NULL))
+        steps = self.work.experiment.pretrain_steps
+        yield from self.train("pretrain", [NULL], images, steps, data=fingerprint({"pixels": pixels})[:16])
 
     def source(self, cls: int) -> Source:
         position, net, device = self.labels.index(cls), self.net, self.work.runtime.device
@@ -205,9 +229,14 @@ class FrozenBase(WholeNetwork):
             yield from self.train("base", classes, work.dataset.train.of(classes), work.experiment.base_steps)
             self.adapters = Adapters(self.net, work.experiment)
             return
-        lanes = work.experiment.lanes or len(classes)
-        for first in range(0, len(classes), lanes):
-            yield from self.learn_side_by_side(classes[first : first + lanes])
+        for group in self.groups(task):
+            yield from self.learn_side_by_side(group)
+
+    def groups(self, task: int) -> list[list[int]]:
+        """The classes of a later task, divided into those trained side by side."""
+        classes = self.work.tasks[task]
+        lanes = self.work.experiment.lanes or len(classes)
+        return [classes[first : first + lanes] for first in range(0, len(classes), lanes)]
 
     def check(self) -> None:
         with torch.device("meta"):
@@ -290,7 +319,7 @@ class FrozenBase(WholeNetwork):
         optimizer = torch.optim.Adam(parameters.values(), lr=e.adapter_rate, fused=True)
         labels = [{"stage": "adapter", "class": cls} for cls in classes]
         result, facts = yield from fit(group, plan, optimizer, parameters, loss_at, self.work.runtime, labels)
-        facts["seconds"] /= K
+        facts |= {"seconds": facts["seconds"] / K, "base": fingerprint(self.net.state_dict())}
         for cls, row in zip(classes, unstack(result, K), strict=True):
             stage = self.stage(cls)
             stage.open()

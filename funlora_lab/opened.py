@@ -58,7 +58,7 @@ class OpenRun:
 
     @cached_property
     def work(self) -> Work:
-        dataset = data.load(self.experiment)
+        dataset = data.load(self.experiment, self.run.folder.parent)
         tasks = data.tasks(self.experiment, len(dataset.classes))
         return Work(self.experiment, dataset, tasks, Store(self.run.folder.parent), self.runtime)
 

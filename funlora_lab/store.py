@@ -52,6 +52,11 @@ def canonical(value) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def key_of(inputs: dict) -> str:
+    """The name of an artefact among those of its kind: a hash of everything it depends on."""
+    return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:16]
+
+
 def fingerprint(tensors: dict[str, Tensor], extra: dict[str, str] | None = None) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, and over accompanying words."""
     digest = hashlib.sha256(canonical(extra or {}).encode())
@@ -223,7 +228,7 @@ class Store:
     def stage(self, kind: str, **inputs) -> Stage:
         """The stage of that kind with exactly these inputs, whether it is finished, begun or not yet begun."""
         inputs = {"format": FORMAT, "kind": kind, **inputs}
-        key = hashlib.sha256(canonical(inputs).encode()).hexdigest()[:16]
+        key = key_of(inputs)
         return Stage(self.folder / "artefacts" / f"{kind}-{key}", kind, key, inputs)
 
 
@@ -237,8 +242,7 @@ class Run:
     @classmethod
     def of(cls, experiment: Experiment, folder: Path | None = None) -> "Run":
         """The run of this configuration under ``folder`` (default: ``home()``); nothing is written yet."""
-        config = asdict(experiment)
-        key = hashlib.sha256(canonical(config).encode()).hexdigest()[:8]
+        key = hashlib.sha256(canonical(experiment.identity).encode()).hexdigest()[:8]
         name = f"{experiment.preset}-{experiment.method}-seed{experiment.seed}-{key}"
         return cls((folder or home()) / name, experiment)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from funlora_lab.distributed import Team
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.store import Stage
 
@@ -25,12 +26,14 @@ class Runtime:
     """Where and how patiently work is done; nothing here changes a result beyond the device's own rounding.
 
     ``stop`` is asked before every step: a sentence means stop here, saved. ``save_seconds`` is the least time between
-    two saves of progress (saving also never takes more than about a twentieth of the time).
+    two saves of progress (saving also never takes more than about a twentieth of the time). ``team`` are the processes
+    that train a whole network together.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stop: Callable[[], str | None] = lambda: None
     save_seconds: float = 20.0
+    team: Team = field(default_factory=Team)
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; between stages everything is already saved."""
@@ -125,6 +128,8 @@ def fit(
         tensors, facts = saved
         pending = list(_restore(tensors, groups, optimizer, parameters).to(runtime.device))
         first, earlier = facts["step"], facts["seconds"]
+        for event in stage.events():  # logged before the interruption
+            yield {**event, "replayed": True}
     begun = last_save = time.monotonic()
     save_cost = 0.0
 
@@ -152,7 +157,7 @@ def fit(
         save_cost = last_save - before
 
     for step in range(first, plan.steps):
-        if reason := runtime.stop():
+        if reason := runtime.team.ask(runtime.stop, step):
             save(step)
             raise Stopped(reason)
         for group in optimizer.param_groups:
