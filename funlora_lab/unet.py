@@ -41,12 +41,26 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv1d(nn.Conv1d):
-    """``nn.Conv1d`` (the attention's projections) that also runs with one kernel per class, (K, Cout, Cin, k)."""
+    """``nn.Conv1d`` of width 1 (the attention's projections) that also runs with one kernel per class.
+
+    It runs as one matrix product over positions and returns a view whose channels lie side by side in memory: the
+    order in which fused attention can read queries, keys and values (it falls back to slow matrix products otherwise).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dim() == 3:
+        if self.weight.dim() == 4:
+            return _per_class(F.conv1d, x, self.weight, self.bias)
+        return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that keeps bf16 activations in bf16 under autocast; its statistics are fp32 all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
             return super().forward(x)
-        return _per_class(F.conv1d, x, self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -102,13 +116,13 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, embedding: int, dropout: float, groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(math.gcd(groups, channels), channels),
+            GroupNorm(math.gcd(groups, channels), channels),
             nn.SiLU(),
             Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(math.gcd(groups, out_channels), out_channels),
+            GroupNorm(math.gcd(groups, out_channels), out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -131,17 +145,16 @@ class Attention(nn.Module):
                 f"head_channels={head_channels}: accepted is a divisor of {channels}, an attention's channels."
             )
         self.heads = channels // head_channels
-        self.norm = nn.GroupNorm(math.gcd(groups, channels), channels)
+        self.norm = GroupNorm(math.gcd(groups, channels), channels)
         self.qkv = Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        flat = x.reshape(B, C, H * W)
-        qkv = self.qkv(self.norm(flat)).reshape(B, self.heads, 3 * C // self.heads, H * W)
+        qkv = self.qkv(self.norm(x).reshape(B, C, H * W)).reshape(B, self.heads, 3 * C // self.heads, H * W)
         q, k, v = (part.transpose(2, 3) for part in qkv.chunk(3, dim=2))  # (B, heads, HW, C/heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
-        return (flat + self.proj_out(h)).reshape(B, C, H, W)
+        return x + self.proj_out(h).reshape(B, C, H, W)
 
 
 class UNet(nn.Module):
@@ -207,7 +220,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(math.gcd(norm_groups, now), now),
+            GroupNorm(math.gcd(norm_groups, now), now),
             nn.SiLU(),
             zeroed(Conv2d(now, channels, 3, padding=1)),
         )
