@@ -118,9 +118,10 @@ def _functional() -> Method:
 
     def weight(W0, numbers, experiment):
         first = 0.0 if experiment.start == "literal" else 1.0
-        F = _broadcast(functional_matrix(experiment, numbers), W0)
+        F = functional_matrix(experiment, numbers)
         if experiment.operation == "mul":
-            return W0 * F
+            return functions.scaled(W0, F)
+        F = _broadcast(F, W0)
         if experiment.operation == "add":
             return W0 + (F - first)
         G = _broadcast(functional_matrix(experiment, numbers, "G."), W0)
