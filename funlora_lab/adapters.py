@@ -80,9 +80,10 @@ def _functional(about: str, *more_settings: str) -> Method:
 
     def weight(W0, numbers, experiment):
         first = 0.0 if experiment.start == "literal" else 1.0
-        F = broadcast(functional_matrix(experiment, numbers), W0)
+        F = functional_matrix(experiment, numbers)
         if experiment.operation == "mul":
-            return W0 * F
+            return functions.scaled(W0, F)
+        F = broadcast(F, W0)
         if experiment.operation == "add":
             return W0 + (F - first)
         G = broadcast(functional_matrix(experiment, numbers, "G."), W0)

@@ -19,7 +19,8 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 def _separable(left: list[Tensor], right: list[Tensor], ponderation: Tensor) -> Tensor:
     """(1/p) sum_i ponderation_i left_i right_i for p vectors each: one matrix product, rank at most p."""
     weighted = torch.stack(left, dim=-1) * ponderation[..., None, :]  # (K, O, p)
-    return weighted @ torch.stack(right, dim=-2) / ponderation.shape[-1]
+    with torch.autocast(weighted.device.type, enabled=False):  # F is fp32 whatever the convolutions compute in
+        return weighted @ torch.stack(right, dim=-2) / ponderation.shape[-1]
 
 
 def shift(A: Tensor, B: Tensor, ponderation: Tensor) -> Tensor:
@@ -48,46 +49,81 @@ def power(A: Tensor, B: Tensor, ponderation: Tensor, exponent: Tensor) -> Tensor
     return _separable(left, right, ponderation)
 
 
-WAVES_AT_ONCE = 2**22  # numbers in the waves held together: all of a small layer's, one of a large one's
+# numbers in the waves held together: on a CPU they should stay in its caches, on a GPU keep it busy
+WAVES_AT_ONCE = 2**20
+ON_A_GPU = 64  # times as many
 
 
 class _SumOfCosines(torch.autograd.Function):
-    """sum_i ponderation_i cos(frequency_i z), recomputing waves on the way back instead of keeping all p of them.
+    """sum_i ponderation_i cos(frequency_i z), computing waves again on the way back instead of keeping them.
 
-    z (K, O, I), ponderation and frequency (K, p) -> (K, O, I); waves are (K, b, O, I) for a block of b functions.
+    z (K, n), ponderation and frequency (K, p) -> (K, n). The p waves of some classes at a time, (classes, p, n), meet
+    their ponderations and gradients in matrix products; those of all classes never exist together.
     """
 
     @staticmethod
-    def blocks(z: Tensor, p: int):
-        b = max(1, min(p, WAVES_AT_ONCE // z.numel()))
-        return [slice(i, i + b) for i in range(0, p, b)]
+    def blocks(z: Tensor, p: int) -> list[slice]:
+        K, n = z.shape
+        limit = WAVES_AT_ONCE * (ON_A_GPU if z.is_cuda else 1)
+        together = max(1, limit // (p * n))
+        return [slice(k, k + together) for k in range(0, K, together)]
 
     @staticmethod
     def forward(ctx, z: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
         ctx.save_for_backward(z, ponderation, frequency)
-        total = torch.zeros_like(z)
-        for i in _SumOfCosines.blocks(z, ponderation.shape[-1]):
-            waves = torch.cos(frequency[..., i, None, None] * z[..., None, :, :])
-            total += (ponderation[..., i, None, None] * waves).sum(-3)
+        total = torch.empty_like(z)
+        for k in _SumOfCosines.blocks(z, ponderation.shape[1]):
+            waves = (frequency[k, :, None] * z[k, None, :]).cos_()
+            total[k] = (ponderation[k, None, :] @ waves)[:, 0]
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         z, ponderation, frequency = ctx.saved_tensors
-        grad_z = torch.zeros_like(z)
+        grad_z, inner = torch.empty_like(z), upstream * z
         grad_ponderation, grad_frequency = torch.empty_like(ponderation), torch.empty_like(frequency)
-        for i in _SumOfCosines.blocks(z, ponderation.shape[-1]):
-            angle = frequency[..., i, None, None] * z[..., None, :, :]
-            grad_ponderation[..., i] = (torch.cos(angle) * upstream[..., None, :, :]).sum((-2, -1))
-            slope = torch.sin(angle) * upstream[..., None, :, :]
-            grad_frequency[..., i] = -ponderation[..., i] * (slope * z[..., None, :, :]).sum((-2, -1))
-            grad_z -= ((ponderation * frequency)[..., i, None, None] * slope).sum(-3)
-        return grad_z, grad_ponderation, grad_frequency
+        for k in _SumOfCosines.blocks(z, ponderation.shape[1]):
+            angle = frequency[k, :, None] * z[k, None, :]
+            grad_ponderation[k] = (angle.cos() @ upstream[k, :, None])[..., 0]
+            slope = angle.sin_()
+            grad_frequency[k] = (slope @ inner[k, :, None])[..., 0]
+            grad_z[k] = ((ponderation * frequency)[k, None, :] @ slope)[:, 0]
+        return grad_z.mul_(upstream).neg_(), grad_ponderation, grad_frequency.mul_(ponderation).neg_()
 
 
 def cosine(A: Tensor, B: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
     """f_i = cos(frequency_i * AB), element by element (Eq. 16-19). Its rank may exceed p."""
-    return _SumOfCosines.apply(product(A, B), ponderation, frequency) / ponderation.shape[-1]
+    z, p = product(A, B), ponderation.shape[-1]
+    rows = (each.reshape(-1, p) for each in (ponderation / p, frequency))
+    with torch.autocast(z.device.type, enabled=False):
+        return _SumOfCosines.apply(z.reshape(-1, z.shape[-2] * z.shape[-1]), *rows).reshape(z.shape)
+
+
+class _Scaled(torch.autograd.Function):
+    """W0 * F rounded once to the type in which the convolution computes, class by class; W0 is frozen."""
+
+    @staticmethod
+    def forward(ctx, W0: Tensor, F: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(W0)
+        spread = F.reshape(*F.shape, *[1] * (W0.dim() - 2))
+        return torch.stack([(W0 * one).to(dtype) for one in spread])
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (W0,) = ctx.saved_tensors
+        kernel = tuple(range(2, W0.dim()))
+        return None, torch.stack([(one * W0).sum(kernel) for one in upstream]), None
+
+
+def scaled(W0: Tensor, F: Tensor) -> Tensor:
+    """The weights W0 * F of K classes: W0 (O, I, ...) without gradient, F (K, O, I) -> (K, O, I, ...).
+
+    Under autocast they come in the type in which the convolution will want them, so that those of many classes never
+    exist in fp32 together, nor do their gradients.
+    """
+    autocast = torch.is_autocast_enabled(W0.device.type)
+    with torch.autocast(W0.device.type, enabled=False):
+        return _Scaled.apply(W0, F, torch.get_autocast_dtype(W0.device.type) if autocast else W0.dtype)
 
 
 def first_ponderation(function: str, start: str, p: int) -> Tensor:
