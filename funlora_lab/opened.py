@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from torch import Tensor
+from torch import Tensor, nn
 
 from funlora_lab import continual, data
 from funlora_lab.adapters import Adapters, Row
@@ -102,6 +102,14 @@ class OpenRun:
         stage = continual.sample_stage(self.work, source, cls)
         images, _ = exhaust(draw(stage, source.velocity, self.experiment, cls, count, self.runtime))
         return images
+
+    @cached_property
+    def judge(self) -> nn.Module:
+        """The classifier trained on the real images of all classes, in the order they are learned."""
+        everything = [cls for task in self.tasks for cls in task]
+        images, origin = self.work.dataset.train.of(everything), {"real": everything}
+        net, _, _ = exhaust(continual.train_classifier(self.work, everything, images, origin))
+        return net
 
     def losses(self, stage: str) -> pd.DataFrame:
         """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""

@@ -232,6 +232,21 @@ class Run:
         name = f"{experiment.preset}-{experiment.method}-seed{experiment.seed}-{key}"
         return cls((folder or home()) / name, experiment)
 
+    @classmethod
+    def named(cls, word: str, folder: Path | None = None) -> "Run":
+        """The finished run of that name under ``folder`` (default: ``home()``), or lying at that path."""
+        places = [(folder or home()) / word, Path(word).absolute()]
+        found = next((place for place in places if (place / "results.json").exists()), None)
+        if found is None:
+            known = sorted(path.parent.name for path in (folder or home()).glob("*/results.json"))
+            raise LabError(f"There is no finished run '{word}': accepted are {', '.join(known) or 'none yet'}.")
+        try:
+            kept = json.loads((found / "config.json").read_text())["experiment"]
+            fields = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+            return cls(found, Experiment(**fields))
+        except (OSError, ValueError, KeyError, TypeError) as reason:
+            raise LabError(f"{found / 'config.json'} is not the configuration of a run ({reason}).") from None
+
     @property
     def results_file(self) -> Path:
         return self.folder / "results.json"
