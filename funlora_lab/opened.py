@@ -117,9 +117,30 @@ class OpenRun:
         return pd.DataFrame(rows, columns=["stage", "class", "classes", "step", "steps", "images", "loss", "seconds"])
 
     @property
+    def accuracies(self) -> list[Event]:
+        """The events that close the tasks: accuracy, recognition of every class seen, seconds."""
+        return [event for event in self.events if event["event"] == "accuracy"]
+
+    @property
+    def costs(self) -> pd.DataFrame:
+        """What each task took: columns task, new classes, and the seconds to train, sample and classify."""
+        return pd.DataFrame(
+            {"task": event["task"], "new classes": len(event["classes"])} | event["seconds"]
+            for event in self.accuracies
+        )
+
+    @property
+    def recognition(self) -> pd.DataFrame:
+        """Recognition of every class (lines, as learned) after every task (columns); nan before it is learned."""
+        after = {event["task"]: event["recognition"] for event in self.accuracies}
+        everything = [cls for task in self.tasks for cls in task]
+        table = {task: [shares.get(str(cls), float("nan")) for cls in everything] for task, shares in after.items()}
+        return pd.DataFrame(table, index=[self.classes[cls] for cls in everything])
+
+    @property
     def averages(self) -> list[float]:
         """A_k of Eq. 22 after every task."""
-        return [event["average"] for event in self.events if event["event"] == "accuracy"]
+        return [event["average"] for event in self.accuracies]
 
 
 def open_run(
