@@ -123,11 +123,16 @@ class OpenRun:
 
     @property
     def costs(self) -> pd.DataFrame:
-        """What each task took: columns task, new classes, and the seconds to train, sample and classify."""
-        return pd.DataFrame(
-            {"task": event["task"], "new classes": len(event["classes"])} | event["seconds"]
-            for event in self.accuracies
-        )
+        """What each task took: task, new classes, images the generator was trained on, seconds by kind of work."""
+        rows, images = [], {}
+        for event in self.events:
+            if event["event"] == "loss" and event["stage"] != "classifier":
+                images[event["stage"], event.get("class")] = event["images"]
+            if event["event"] == "accuracy":
+                kept = {"task": event["task"], "new classes": len(event["classes"]), "images": sum(images.values())}
+                rows.append(kept | event["seconds"])
+                images = {}
+        return pd.DataFrame(rows)
 
     @property
     def recognition(self) -> pd.DataFrame:

@@ -175,6 +175,18 @@ def classifier_quality(opened: OpenRun, draws: int = 50, split: str = "train") -
     return pd.concat(tables, ignore_index=True)[columns].assign(features="classifier features", split=split)
 
 
+def decay(opened: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
+    """``compare`` for the classes of task 1 as they are drawn after every task: what retraining does to old classes."""
+    first = opened.tasks[0]
+    real = torch.cat([getattr(opened.work.dataset, split).of(cls).pixels for cls in first])
+    real, tables = classifier.features(opened.judge, real), []
+    for task in range(1, len(opened.tasks) + 1):
+        samples = opened.samples_after(task)
+        drawn = classifier.features(opened.judge, torch.cat([samples[cls] for cls in first]))
+        tables.append(compare(real, drawn, draws, opened.experiment.seed).assign(task=task))
+    return pd.concat(tables, ignore_index=True)
+
+
 def nearest(real: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """(distance, index) of the nearest of real images (N, ...) to each drawn image (M, ...) -> (M,), (M,).
 

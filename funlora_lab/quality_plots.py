@@ -127,26 +127,24 @@ def neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]]) -> F
 
 
 def cost_growth(costs: dict[str, pd.DataFrame]) -> Figure:
-    """Seconds of every task, stacked by kind, and seconds a new class; one group of bars a method."""
+    """Seconds of every task stacked by kind of work, and images trained on; one group of bars a method."""
     figure, axes = _figure(9.6, 3.3, 1, 2)
     left, right = axes[0]
     width = 0.8 / len(costs)
-    shades = (1.0, 0.6, 0.3)
     for i, (name, table) in enumerate(costs.items()):
         place = table["task"] + (i - (len(costs) - 1) / 2) * width
         bottom = np.zeros(len(table))
-        for kind, shade in zip(("train", "sample", "classify"), shades, strict=True):
+        for kind, shade in (("train", 1.0), ("sample", 0.6), ("classify", 0.3)):
             left.bar(place, table[kind], 0.92 * width, bottom, color=COLOURS[i], alpha=shade, label=f"{name}: {kind}")
             bottom += table[kind].to_numpy()
-        right.plot(table["task"], bottom / table["new classes"], marker=MARKERS[i], color=COLOURS[i], label=name)
+        right.bar(place, table["images"] / 1000, 0.92 * width, color=COLOURS[i], label=name)
     left.set_ylabel("seconds of the task")
-    right.set_ylabel("seconds a new class")
-    right.set_ylim(bottom=0)
+    right.set_ylabel("images trained on, thousands")
     for axis in (left, right):
         axis.set_xticks(list(next(iter(costs.values()))["task"]))
         axis.set_xlabel("task")
-        axis.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=len(costs) if axis is left else 1)
-    left.set_ylim(top=1.35 * left.get_ylim()[1])
+        axis.set_ylim(top=1.4 * axis.get_ylim()[1])
+        axis.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=len(costs))
     return figure
 
 
@@ -159,4 +157,22 @@ def recognition_maps(tables: dict[str, pd.DataFrame]) -> Figure:
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("after task")
     axes[0, 0].set_ylabel("class")
+    return figure
+
+
+def decay_lines(tables: dict[str, pd.DataFrame], measure: str) -> Figure:
+    """A measure of the classes of task 1 after every task, one line a method; other real images as the floor."""
+    figure, axes = _figure(6.4, 3.2)
+    axis = axes[0, 0]
+    for i, (name, table) in enumerate(tables.items()):
+        part = table[(table["measure"] == measure) & (table["of"] == "samples")]
+        reach = np.abs(np.stack([part["value"] - part["low"], part["high"] - part["value"]]))
+        axis.errorbar(part["task"], part["value"], reach, marker=MARKERS[i], color=COLOURS[i], capsize=3, label=name)
+    floor = table[(table["measure"] == measure) & (table["of"] == "real")]
+    axis.plot(floor["task"], floor["value"], color="#666666", linestyle=":", label="other real images")
+    axis.set_xticks(list(floor["task"]))
+    axis.set_xlabel("after task")
+    axis.set_ylabel(f"{measure} distance, classes of task 1")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
     return figure

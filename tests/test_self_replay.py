@@ -78,6 +78,7 @@ def test_the_seconds_of_the_tasks_add_up_to_those_of_the_run(replayed, funlora):
     for opened in (replayed, funlora):
         costs = opened.costs
         assert costs["new classes"].tolist() == [6, 2, 2]
+        assert costs["images"].tolist() == ([640, 8 * 128, 10 * 128] if opened is replayed else [640, 256, 256])
         total = costs[["train", "sample", "classify"]].to_numpy().sum()
         assert total == pytest.approx(opened.results["seconds"], abs=0.01)
         assert (costs[["train", "sample", "classify"]] > 0).all().all()
