@@ -54,6 +54,18 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--json", action="store_true", help="print what was brought as one JSON object")
     merge.set_defaults(act=_merge)
 
+    quality = commands.add_parser("quality", help="how good the samples of a finished run are")
+    quality.add_argument("run", metavar="RUN", help="name of a stored run, or its folder")
+    quality.add_argument("--split", default="train", help="real images to compare with: train (default) or test")
+    quality.add_argument("--draws", type=int, default=50, help="random halves behind an interval (default 50)")
+    quality.add_argument(
+        "--inception", metavar="FILE", help="also FID, with these Inception weights (or 'download' to fetch them)"
+    )
+    quality.add_argument("--images", type=int, help="samples a class for FID (default: as many as the run used)")
+    quality.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    quality.add_argument("--json", action="store_true", help="print one JSON object")
+    quality.set_defaults(act=_quality)
+
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
 
@@ -239,6 +251,28 @@ class _Stop:
         if self.asked:
             return "Asked to stop; everything is saved and the same command resumes the run."
         return f"Stopped after {self.minutes:g} minutes, as asked." if self.late else None
+
+
+def _quality(arguments) -> None:
+    from funlora_lab import fidelity, quality
+    from funlora_lab.opened import open_folder
+
+    for name in ("draws", "images"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise LabError(f"--{name} {getattr(arguments, name)}: accepted is a whole number from 1 up.")
+    opened = open_folder(arguments.run, arguments.device)
+    tables = {}
+    if arguments.inception:
+        weights = None if arguments.inception == "download" else arguments.inception
+        tables["inception"] = fidelity.inception_quality(
+            opened, weights, arguments.split, arguments.images, arguments.draws
+        )
+    tables = {"classifier features": quality.classifier_quality(opened, arguments.draws, arguments.split)} | tables
+    if arguments.json:
+        print(json.dumps({name: table.to_dict("records") for name, table in tables.items()}))
+        return
+    for name, table in tables.items():
+        print(f"{name} ({opened.run.folder.name})\n{quality.wide(table).to_string()}\n")
 
 
 def _list(arguments) -> None:

@@ -69,3 +69,19 @@ def predict(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
     device = next(net.parameters()).device
     parts = [net(to_floats(part.to(device))).argmax(1).cpu() for part in pixels.split(batch)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+@torch.no_grad()
+def features(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
+    """What the last linear layer sees of each uint8 image (N, C, H, W) -> (N, D) in float64, on the CPU."""
+    net.eval()
+    device = next(net.parameters()).device
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double().cpu()))
+    try:
+        for part in pixels.split(batch):
+            net(to_floats(part.to(device)))
+    finally:
+        hook.remove()
+    return torch.cat(seen)

@@ -13,7 +13,7 @@ from funlora_lab.errors import LabError
 FUNCTIONS = ("product", "shift", "power", "cosine")
 OPERATIONS = ("mul", "add", "mul-add")
 STARTS = ("identity", "equal", "literal")
-SOLVERS = ("euler", "midpoint", "rk4", "dopri5")
+SOLVERS = ("euler", "midpoint", "rk4", "dopri5", "dopri5-each")
 
 # name -> (function, hyperparameters learned, adapter learning rate at which it did best on held-out digits)
 FUNCTIONAL_METHODS = {
@@ -35,7 +35,7 @@ OTHER_ADAPTERS = {
     "label-embedding": 3e-2,
 }
 # methods that train the whole network, or no generator at all
-WHOLE_NETWORK = ("fine-tune", "generative-multitask", "classifier-multitask")
+WHOLE_NETWORK = ("fine-tune", "self-replay", "generative-multitask", "classifier-multitask")
 METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
 VANILLA = ("vanilla-add", "vanilla-mul")  # F = AB, and its rank may be chosen layer by layer
 
@@ -107,9 +107,9 @@ class Experiment:
     lanes: int = 0  # classes trained side by side; 0: all new classes of a task
 
     # sampling
-    solver: str = "midpoint"  # euler | midpoint | rk4 (fixed grid) | dopri5 (adaptive)
+    solver: str = "midpoint"  # euler | midpoint | rk4 (fixed grid) | dopri5 | dopri5-each (adaptive)
     steps: int = 4  # of a fixed-grid solver
-    tolerance: float = 1e-5  # absolute and relative, of dopri5
+    tolerance: float = 1e-5  # absolute and relative, of dopri5 and dopri5-each
     samples_per_class: int = 150  # synthetic images a class for the classifier
     chunk: int = 150  # images integrated together; part of what fixes every bit of an image
 

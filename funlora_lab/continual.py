@@ -6,7 +6,8 @@ all classes seen. The command, the notebooks and the widgets print and draw from
 them.
 
 Events (each a dictionary with ``event``): ``run``, ``loss``, ``samples``, ``accuracy``, ``result``. Those read back
-from disk instead of computed now carry ``replayed``.
+from disk instead of computed now carry ``replayed``. ``accuracy`` comes after every task, with the recognition of
+every class seen and the seconds that the task's training, sampling and classifier took.
 """
 
 import json
@@ -26,7 +27,7 @@ from funlora_lab.config import Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
-from funlora_lab.generators import Source, Work, generator_of
+from funlora_lab.generators import Source, Work, generator_of, sample_stage
 from funlora_lab.sampling import draw
 from funlora_lab.store import Run, Stage, Store, locked
 from funlora_lab.streams import Shuffle, stream
@@ -187,30 +188,30 @@ def _run(work: Work, learner) -> Iterator[Event]:
     }
     everything = [cls for classes in tasks for cls in classes]
     judge, *upper = yield from train_classifier(work, everything, dataset.train.of(everything), {"real": everything})
-    judge_seconds = dict(work.seconds)
+    work.seconds.clear()  # the judge is not part of the method: its training is not part of the cost
 
     matrix: list[list[float]] = []
     samples: dict[int, Tensor] = {}
-    sample_seconds: dict[str, float] = {}
+    recognised: dict[int, float] = {}
     predicted, true = upper
     for k, new in enumerate(tasks):
         seen = everything[: sum(map(len, tasks[: k + 1]))]
+        clock = [work.total_seconds]
         if learner is not None:
             yield from learner.learn(k)
+        clock.append(work.total_seconds)
+        if learner is not None:
             for cls in seen:
-                samples[cls] = yield from _draw(work, learner.source(cls), cls, sample_seconds)
+                samples[cls] = yield from _draw(work, learner.source(cls), cls)
+                recognised[cls] = _recognised(judge, everything, samples[cls], cls)
+        clock.append(work.total_seconds)
         if k == 0 or learner is None:
             images, origin = dataset.train.of(seen), {"real": seen}
         else:
-            images = Images(
-                torch.cat([samples[cls] for cls in seen]),
-                torch.cat([torch.full((len(samples[cls]),), cls) for cls in seen]),
-            )
-            keys = {str(cls): sample_stage(work, learner.source(cls), cls).key for cls in seen}
-            origin = {"samples": keys, "count": e.samples_per_class}
+            images, origin = synthetic(work, {cls: learner.source(cls) for cls in seen}, samples)
         _, predicted, true = yield from train_classifier(work, seen, images, origin)
-        correct = predicted == true
-        matrix.append([correct[torch.isin(true, torch.tensor(task))].float().mean().item() for task in tasks[: k + 1]])
+        clock.append(work.total_seconds)
+        matrix.append(accuracy_per_task(predicted, true, tasks[: k + 1]))
         yield {
             "event": "accuracy",
             "task": k + 1,
@@ -218,16 +219,15 @@ def _run(work: Work, learner) -> Iterator[Event]:
             "classes": new,
             "per_task": matrix[-1],
             "average": metrics.average_accuracies(matrix)[-1],
+            "recognition": {str(cls): value for cls, value in recognised.items()},
+            "seconds": {
+                name: round(after - before, 3)
+                for name, before, after in zip(("train", "sample", "classify"), clock[:-1], clock[1:], strict=True)
+            },
         }
 
     new_classes = everything[len(tasks[0]) :]
-    recognised, losses = {}, {}
-    if learner is not None:
-        for cls in everything:
-            recognised[cls] = _recognised(judge, everything, samples[cls], cls)
-            losses[cls] = held_out_loss(work, learner.source(cls), cls)
-    if learner is not None:  # the judge is not part of the method: its training is not part of the cost
-        work.seconds = {k: v for k, v in work.seconds.items() if k not in judge_seconds}
+    losses = {cls: held_out_loss(work, learner.source(cls), cls) for cls in everything} if learner is not None else {}
     known = [losses[cls] for cls in new_classes if losses.get(cls) is not None]
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.long)
     confusion.index_put_((true, predicted), torch.ones_like(true), accumulate=True)
@@ -241,7 +241,7 @@ def _run(work: Work, learner) -> Iterator[Event]:
         "PPC": learner.parameters_per_class if learner else 0,
         "recognition": mean(recognised[cls] for cls in new_classes) if recognised else None,
         "flow_loss": mean(known) if known else None,
-        "seconds": sum(work.seconds.values()) + sum(sample_seconds.values()),
+        "seconds": work.total_seconds,
         "accuracy": matrix,
         "recognition_per_class": {str(cls): value for cls, value in recognised.items()},
         "flow_loss_per_class": {str(cls): value for cls, value in losses.items()},
@@ -250,18 +250,26 @@ def _run(work: Work, learner) -> Iterator[Event]:
     }
 
 
-def sample_stage(work: Work, source: Source, cls: int) -> Stage:
-    e = work.experiment
-    solver = {"solver": e.solver} | ({"tolerance": e.tolerance} if e.solver == "dopri5" else {"steps": e.steps})
-    return work.store.stage(
-        "samples", weights=source.key, cls=cls, seed=e.seed, chunk=e.chunk, precision=e.precision, **solver
+def synthetic(work: Work, sources: dict[int, Source], samples: dict[int, Tensor]) -> tuple[Images, dict]:
+    """(samples of several classes as one training set, what a classifier's key says of their origin)."""
+    images = Images(
+        torch.cat([samples[cls] for cls in sources]),
+        torch.cat([torch.full((len(samples[cls]),), cls) for cls in sources]),
     )
+    keys = {str(cls): sample_stage(work, source, cls).key for cls, source in sources.items()}
+    return images, {"samples": keys, "count": work.experiment.samples_per_class}
 
 
-def _draw(work: Work, source: Source, cls: int, seconds: dict[str, float]) -> Iterator[Event]:
+def accuracy_per_task(predicted: Tensor, true: Tensor, tasks: list[list[int]]) -> list[float]:
+    """a_{k,j} of Eq. 22: accuracy on the test images of each task's classes, among all classes seen."""
+    correct = predicted == true
+    return [correct[torch.isin(true, torch.tensor(task))].float().mean().item() for task in tasks]
+
+
+def _draw(work: Work, source: Source, cls: int) -> Iterator[Event]:
     stage = sample_stage(work, source, cls)
     count = work.experiment.samples_per_class
-    images, seconds[stage.key] = yield from draw(stage, source.velocity, work.experiment, cls, count, work.runtime)
+    images, work.seconds[stage.key] = yield from draw(stage, source.velocity, work.experiment, cls, count, work.runtime)
     return images
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from funlora_lab.adaptive import dopri5_each
 from funlora_lab.errors import LabError
 from funlora_lab.streams import stream
 
@@ -31,7 +32,8 @@ class Solver:
     """How dx/dt = v is integrated: euler, midpoint or rk4 on a fixed grid of ``steps``, or dopri5 to ``tolerance``.
 
     Evaluations of the network a step: euler 1, midpoint 2, rk4 (torchdiffeq's 3/8 rule) 4. dopri5 chooses its steps
-    for the batch as a whole, so its images depend, within the tolerance, on what is drawn together.
+    for the batch as a whole, so its images depend, within the tolerance, on what is drawn together; in dopri5-each
+    every image chooses its own.
     """
 
     name: str = "midpoint"
@@ -57,7 +59,10 @@ class Solver:
             settings = {"options": {"grid_constructor": grid}}
         try:
             with torch.no_grad():
-                x1 = odeint(counted, x0, ends, method=self.name, **settings)[-1]
+                if self.name == "dopri5-each":
+                    x1 = dopri5_each(counted, x0, self.tolerance)
+                else:
+                    x1 = odeint(counted, x0, ends, method=self.name, **settings)[-1]
         except AssertionError as reason:
             raise LabError(
                 f"The solver {self.name} gave up ({reason}): the velocity is not finite or not smooth; "

@@ -15,6 +15,7 @@ from funlora_lab.adapters import METHODS, Adapters, Row, stack, unstack
 from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.flow import Velocity, flow_loss
+from funlora_lab.sampling import draw
 from funlora_lab.store import Stage, Store, fingerprint
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
@@ -34,6 +35,10 @@ class Work:
     runtime: Runtime
     seconds: dict[str, float] = field(default_factory=dict)  # cost of every stage used, reused ones at first cost
 
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
     def replay(self, stage: Stage) -> Iterator[Event]:
         """A finished stage's events as they were logged, marked as replayed."""
         for event in stage.events():
@@ -46,6 +51,16 @@ class Source:
 
     key: str
     velocity: Callable[[], Velocity]
+
+
+def sample_stage(work: Work, source: Source, cls: int) -> Stage:
+    """The stage of one class's samples: it does not depend on how many are asked for."""
+    e = work.experiment
+    adaptive = e.solver.startswith("dopri5")
+    solver = {"solver": e.solver} | ({"tolerance": e.tolerance} if adaptive else {"steps": e.steps})
+    return work.store.stage(
+        "samples", weights=source.key, cls=cls, seed=e.seed, chunk=e.chunk, precision=e.precision, **solver
+    )
 
 
 def build_unet(experiment: Experiment, classes: int) -> UNet:
@@ -357,6 +372,45 @@ class FineTune(WholeNetwork):
         yield from self.train(name, self.labels + classes, work.dataset.train.of(classes), steps)
 
 
+class SelfReplay(WholeNetwork):
+    """Deep generative replay (Shin et al. 2017) on this backbone: no adapters, and no real image of an old class.
+
+    At every task the generator draws ``samples_per_class`` images of each class learned so far; then the whole network
+    goes on training on those and on the real images of the new classes, every class as often as any other. An adapter
+    is trained on ``adapter_images`` images of its class once; here all classes seen are trained on as many again at
+    every task, so the cost of a task grows with the number of classes, and an old class is a copy of a copy.
+    """
+
+    def learn(self, task: int) -> Iterator[Event]:
+        work, new = self.work, self.work.tasks[task]
+        e, real = work.experiment, work.dataset.train
+        if task == 0:
+            yield from self.train("base", new, real.of(new), e.base_steps)
+            return
+        parts, drawn = [real.of(cls) for cls in new], {}
+        for cls in self.labels:
+            stage = drawn[str(cls)] = sample_stage(work, self.source(cls), cls)
+            images, _ = yield from draw(stage, self.source(cls).velocity, e, cls, e.samples_per_class, work.runtime)
+            parts.append(Images(images, torch.full((len(images),), cls)))
+        images = _evened(parts, e.seed, task)
+        seen = self.labels + new
+        steps = -(-e.adapter_images * len(seen) // e.base_batch)
+        replayed = {cls: stage.key for cls, stage in drawn.items()}
+        yield from self.train(
+            f"self-replay-{task + 1}", seen, images, steps, replayed=replayed, count=e.samples_per_class
+        )
+
+
+def _evened(parts: list[Images], seed: int, task: int) -> Images:
+    """The images of several classes joined, each class filled up to the largest by repeating images of its own."""
+    size = max(map(len, parts))
+    picked = []
+    for part in parts:
+        order = Shuffle(len(part), seed, "evened", task, int(part.labels[0])).batch(0, size)
+        picked.append(Images(part.pixels[order], part.labels[order]))
+    return Images(torch.cat([part.pixels for part in picked]), torch.cat([part.labels for part in picked]))
+
+
 class GenerativeMultitask(WholeNetwork):
     """The upper bound: one network trained on all classes at once, on as many images as an incremental run sees."""
 
@@ -375,4 +429,5 @@ def generator_of(work: Work) -> WholeNetwork | None:
     method = work.experiment.method
     if method not in WHOLE_NETWORK:
         return FrozenBase(work)
-    return {"fine-tune": FineTune, "generative-multitask": GenerativeMultitask}.get(method, lambda work: None)(work)
+    whole = {"fine-tune": FineTune, "self-replay": SelfReplay, "generative-multitask": GenerativeMultitask}
+    return whole.get(method, lambda work: None)(work)

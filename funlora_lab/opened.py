@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from torch import Tensor
+from torch import Tensor, nn
 
 from funlora_lab import classfiles, continual, data
 from funlora_lab.adapters import Adapters, Row
@@ -135,15 +135,49 @@ class OpenRun:
         images, _ = exhaust(draw(stage, source.velocity, self.experiment, cls, count, self.runtime))
         return images
 
+    @cached_property
+    def judge(self) -> nn.Module:
+        """The classifier trained on the real images of all classes, in the order they are learned."""
+        everything = [cls for task in self.tasks for cls in task]
+        images, origin = self.work.dataset.train.of(everything), {"real": everything}
+        net, _, _ = exhaust(continual.train_classifier(self.work, everything, images, origin))
+        return net
+
     def losses(self, stage: str) -> pd.DataFrame:
         """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""
         rows = [event for event in self.events if event["event"] == "loss" and event["stage"] == stage]
         return pd.DataFrame(rows, columns=["stage", "class", "classes", "step", "steps", "images", "loss", "seconds"])
 
     @property
+    def accuracies(self) -> list[Event]:
+        """The events that close the tasks: accuracy, recognition of every class seen, seconds."""
+        return [event for event in self.events if event["event"] == "accuracy"]
+
+    @property
+    def costs(self) -> pd.DataFrame:
+        """What each task took: task, new classes, images the generator was trained on, seconds by kind of work."""
+        rows, images = [], {}
+        for event in self.events:
+            if event["event"] == "loss" and event["stage"] != "classifier":
+                images[event["stage"], event.get("class")] = event["images"]
+            if event["event"] == "accuracy":
+                kept = {"task": event["task"], "new classes": len(event["classes"]), "images": sum(images.values())}
+                rows.append(kept | event["seconds"])
+                images = {}
+        return pd.DataFrame(rows)
+
+    @property
+    def recognition(self) -> pd.DataFrame:
+        """Recognition of every class (lines, as learned) after every task (columns); nan before it is learned."""
+        after = {event["task"]: event["recognition"] for event in self.accuracies}
+        everything = [cls for task in self.tasks for cls in task]
+        table = {task: [shares.get(str(cls), float("nan")) for cls in everything] for task, shares in after.items()}
+        return pd.DataFrame(table, index=[self.classes[cls] for cls in everything])
+
+    @property
     def averages(self) -> list[float]:
         """A_k of Eq. 22 after every task."""
-        return [event["average"] for event in self.events if event["event"] == "accuracy"]
+        return [event["average"] for event in self.accuracies]
 
     def export_class(self, word: str | int, path: Path) -> Path:
         """Write one class, by name or index, as a file that ``import_class`` of another run over this base takes."""

@@ -1,0 +1,275 @@
+"""Image quality: the measures against closed forms and torch-fidelity, the table of a run, and where weights lie."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from funlora_lab import classifier, fidelity, quality
+from funlora_lab.__main__ import main
+from funlora_lab.config import preset
+from funlora_lab.errors import LabError
+from funlora_lab.opened import open_run
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exactly(mean, covariance, n=400, seed=0):
+    """Features whose sample mean and unbiased covariance are exactly those asked for."""
+    x = normal(n, len(mean), seed=seed)
+    x = x - x.mean(0)
+    white = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (n - 1))).T
+    return white @ torch.linalg.cholesky(covariance).T + mean
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return open_run(preset("smoke"), device="cpu", home=tmp_path_factory.mktemp("home"))
+
+
+def test_frechet_is_the_closed_form_of_commuting_gaussians():
+    means = torch.tensor([[0.0, 1.0, 2.0], [0.5, 1.0, 0.0]], dtype=torch.float64)
+    scales = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 0.25]], dtype=torch.float64)
+    expected = (means[0] - means[1]).square().sum() + (scales[0].sqrt() - scales[1].sqrt()).square().sum()
+    a, b = (exactly(m, s.diag(), seed=i) for i, (m, s) in enumerate(zip(means, scales, strict=True)))
+    assert quality.frechet(a, b) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_is_the_matrix_square_root_of_gaussians_that_do_not_commute():
+    s1, s2 = (w @ w.T + 0.1 * torch.eye(5) for w in (normal(5, 5, seed=1), normal(5, 5, seed=2)))
+    root = torch.linalg.eigvals(s1 @ s2).sqrt().real.sum()
+    a, b = exactly(torch.zeros(5), s1, seed=3), exactly(torch.ones(5), s2, seed=4)
+    assert quality.frechet(a, b) == pytest.approx((5 + s1.trace() + s2.trace() - 2 * root).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [40, 300])  # fewer and more images than features
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_frechet_of_a_set_with_itself_is_zero(n, scale):
+    x = scale * normal(n, 128) + 7
+    assert quality.frechet(x, x) < 1e-6
+    assert quality.frechet(x, x[torch.randperm(n)]) < 1e-6
+
+
+def test_kernel_distance_is_zero_on_average_for_one_distribution_and_the_moment_formula_for_two():
+    pairs = [(normal(200, 1, seed=2 * i), normal(160, 1, seed=2 * i + 1)) for i in range(100)]
+    same = torch.tensor([quality.kernel_distance(a, b) for a, b in pairs])
+    assert same.mean().abs() < 3 * same.std() / 10
+    shift = 0.5  # E (1 + xy)^3 differs between N(0, 1) and N(m, 1) by 3 m^2 + 3 m^4 + (m^3 + 3 m)^2
+    expected = 3 * shift**2 + 3 * shift**4 + (shift**3 + 3 * shift) ** 2
+    apart = torch.tensor([quality.kernel_distance(a, b + shift) for a, b in pairs])
+    assert (apart.mean() - expected).abs() < 3 * apart.std() / 10
+
+
+def test_precision_and_recall_of_a_set_with_itself_are_one_and_of_distant_sets_zero():
+    x = normal(50, 8)
+    assert quality.precision_recall(x, x) == (1, 1)
+    assert quality.precision_recall(x, x + 100) == (0, 0)
+
+
+def test_precision_and_recall_are_counted_by_hand_on_a_line():
+    real = torch.arange(10.0)[:, None]  # balls of radius 2 (inside) or 3 (the ends) with k = 3
+    drawn = torch.tensor([[0.0], [0.1], [0.2], [0.3], [20.0], [20.1], [20.2], [20.3]])  # half far away
+    precision, recall = quality.precision_recall(real, drawn)
+    assert precision == 0.5
+    assert recall == 1 / 10  # of the real points only 0 lies within 0.3 of the drawn cluster
+
+
+def test_dropping_half_of_the_modes_costs_recall_and_not_precision():
+    real = torch.cat([normal(200, 4), normal(200, 4, seed=1) + 50])
+    precision, recall = quality.precision_recall(real, normal(400, 4, seed=2))
+    assert precision > 0.8
+    assert recall < 0.55
+
+
+def test_precision_needs_more_images_than_neighbours():
+    with pytest.raises(LabError, match="more than 3 images"):
+        quality.precision_recall(normal(3, 2), normal(9, 2))
+
+
+def test_the_spread_over_halves_is_the_standard_error_of_the_whole():
+    x = normal(400, 1)
+    means = [half.reference.mean().item() for half in quality.halvings(x, x, 400, seed=0)]
+    found = quality.spread(means)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
+
+
+def test_halves_are_disjoint_and_of_one_size():
+    real, drawn = torch.arange(21.0)[:, None], torch.arange(8.0)[:, None]
+    for half in quality.halvings(real, drawn, 5, seed=1):
+        assert {len(part) for part in half} == {8}
+        assert not set(half.reference.flatten().tolist()) & set(half.other.flatten().tolist())
+
+
+def test_other_real_images_score_better_than_shifted_ones():
+    real = normal(200, 6)
+    table = quality.compare(real, normal(200, 6, seed=1) + 1, draws=10).set_index(["of", "measure"])
+    for name in ("Frechet", "kernel"):
+        assert table.loc[("real", name), "high"] < table.loc[("samples", name), "low"]
+    assert (table["low"] <= table["value"]).all()
+    assert (table["value"] <= table["high"]).all()
+
+
+def test_nearest_neighbours_and_copies_are_found():
+    train = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    train[1], train[2] = 100, 200
+    distance, index = quality.nearest(train, torch.stack([train[1], train[2] + 10]))
+    assert index.tolist() == [1, 2]
+    assert distance.tolist() == [0, 10]
+    generator = torch.Generator().manual_seed(0)
+    train, test, fresh = (torch.randint(0, 256, (60, 1, 4, 4), generator=generator, dtype=torch.uint8) for _ in "123")
+    assert quality.memorisation(train, test, train[:9]) | {"unseen": 0} == {
+        "samples": 0, "unseen": 0, "nearer": 1, "copies": 1,
+    }  # fmt: skip
+    assert 0.25 < quality.memorisation(train, test, fresh)["nearer"] < 0.75
+
+
+def test_classifier_features_are_what_the_last_layer_sees(smoke):
+    pixels = smoke.work.dataset.test.pixels[:30]
+    features = classifier.features(smoke.judge, pixels, batch=7)
+    assert features.dtype == torch.float64
+    logits = features.float() @ smoke.judge[-1].weight.T + smoke.judge[-1].bias
+    assert torch.equal(logits.argmax(1), classifier.predict(smoke.judge, pixels))
+    resnet = classifier.build(preset("smoke").but(classifier="resnet18"), 4)
+    assert classifier.features(resnet, pixels[:2]).shape == (2, 512)
+
+
+def test_the_table_of_a_run_has_every_class_and_task_and_never_says_fid(smoke):
+    table = quality.classifier_quality(smoke, draws=3)
+    assert set(table["group"]) == {"all", *(f"task {k}" for k in (1, 2, 3)), *(f"class {d}" for d in "0123456789")}
+    assert set(table["features"]) == {"classifier features"}
+    assert "FID" not in table.to_string()
+    assert len(quality.wide(table)) == 2 * 14
+    whole = table.set_index(["group", "of", "measure"])["value"]
+    assert whole["all", "real", "Frechet"] < whole["all", "samples", "Frechet"]
+
+
+def test_the_command_prints_the_table_and_names_the_runs_there_are(smoke, monkeypatch, capsys):
+    monkeypatch.setenv("FUNLORA_HOME", str(smoke.run.folder.parent))
+    assert main(["quality", smoke.run.folder.name, "--draws", "2", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["classifier features"]) == 14 * 2 * 4
+    for words in (["quality", "nothing"], ["quality", smoke.run.folder.name, "--split", "all"]):
+        assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert smoke.run.folder.name in printed
+    assert "accepted is train or test" in printed
+
+
+def test_a_method_without_samples_is_refused(smoke):
+    opened = open_run(preset("smoke").but(method="classifier-multitask"), "cpu", home=smoke.run.folder.parent)
+    with pytest.raises(LabError, match="draws no samples"):
+        quality.classifier_quality(opened)
+
+
+# torch-fidelity, with a small extractor in place of Inception
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A random linear map of 8 x 8 images, registered with torch-fidelity, and a file of its weights to give it."""
+    pytest.importorskip("torch_fidelity", reason="the extra fid (torch-fidelity) is not installed")
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    class Small(FeatureExtractorBase):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+            super().__init__(name, features_list)
+            self.map = torch.nn.Linear(192, 24)
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("24",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "24"
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8
+            return (self.map(x.flatten(1).float() / 255).detach(),)
+
+    FEATURE_EXTRACTORS_REGISTRY["small"] = Small
+    yield Small
+    del FEATURE_EXTRACTORS_REGISTRY["small"]
+
+
+@pytest.fixture
+def weights(small, tmp_path):
+    torch.manual_seed(0)
+    state = torch.nn.Linear(192, 24).state_dict()
+    torch.save({f"map.{name}": value for name, value in state.items()}, tmp_path / "small.pth")
+    return tmp_path / "small.pth"
+
+
+def test_measures_equal_those_of_torch_fidelity_on_the_same_features(small):
+    real, drawn = normal(120, 16), 1.2 * normal(120, 16, seed=1) + 0.2
+    theirs = fidelity.published_measures(real, drawn)
+    assert quality.frechet(real, drawn) == pytest.approx(theirs["FID"], rel=1e-8)
+    assert quality.kernel_distance(real, drawn) == pytest.approx(theirs["KID"], rel=1e-8)
+    assert quality.precision_recall(real, drawn) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_the_fid_of_a_run_is_the_one_torch_fidelity_calculates_by_itself(small, weights, smoke):
+    import torch_fidelity
+
+    table = fidelity.inception_quality(smoke, weights, draws=2, extractor="small")
+    found = table[table["group"] == "all"].set_index("measure")
+    real, drawn = quality.images_of(smoke, "train")
+
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = torch.cat(list(images.values())).expand(-1, 3, -1, -1)
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(drawn), input2=Images(real), cuda=False, fid=True, kid=True, prc=True, verbose=False,
+        feature_extractor="small", feature_extractor_weights_path=str(weights), kid_subset_size=200,
+        save_cpu_ram=True, cache=False,
+    )  # fmt: skip
+    assert found.loc["FID", "value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert found.loc["KID", "value"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert found.loc["precision", "value"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert found.loc["recall", "value"] == pytest.approx(theirs["recall"], abs=1e-6)
+    assert (found["samples"] == 200).all()
+    assert (found["split"] == "train").all()
+    assert found["extractor"].unique().tolist() == ["small, layer 24"]
+    assert "sha256" in found["weights"].iloc[0]
+
+
+def test_missing_weights_are_one_sentence_that_says_what_to_fetch_and_where_to_put_it(small, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    for path in (tmp_path / "absent.pth", None):
+        with pytest.raises(LabError) as caught:
+            fidelity.weights_file(path)
+        assert fidelity.URL in str(caught.value)
+        assert str(tmp_path / "hub" / "checkpoints") in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_weights_file_is_never_executed_and_must_fit(small, weights, tmp_path):
+    torch.save({"map": torch.nn.Linear(2, 2)}, tmp_path / "code.pth")
+    with pytest.raises(LabError, match="not a file of plain weights"):
+        fidelity.weights_file(tmp_path / "code.pth")
+    with pytest.raises(LabError, match="does not fit the extractor"):
+        fidelity.Extractor(fidelity.EXTRACTOR, fidelity.weights_file(weights), torch.device("cpu"))
+    with pytest.raises(LabError, match="Unknown extractor 'none'"):
+        fidelity.Extractor("none", weights, torch.device("cpu"))
+
+
+def test_without_torch_fidelity_the_sentence_says_how_to_install_it(smoke, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+    with pytest.raises(LabError, match=r"pip install 'funlora-lab\[fid\]'"):
+        fidelity.inception_quality(smoke)
