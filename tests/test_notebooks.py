@@ -1,0 +1,111 @@
+"""The notebooks: clean as committed, executed headless, reproducible, and true."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from funlora_lab import headless
+from funlora_lab.errors import LabError
+
+FOLDER = headless.notebooks_folder()
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+names = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def nbval(paths: list[Path], home: Path) -> subprocess.CompletedProcess:
+    """Execute notebooks as they are and compare whole numbers and words with the outputs they carry."""
+    environment = os.environ | {"FUNLORA_HOME": str(home)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", *map(str, paths)]
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=1500)
+
+
+@names
+def test_committed_notebook_is_clean_and_short(notebook):
+    book = nbformat.read(notebook, as_version=4)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    assert not {"widgets", "papermill"} & set(book.metadata)
+    cells = code_cells(notebook)
+    assert len(cells) <= 13
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert "papermill" not in cell.metadata
+        assert not any(output.output_type == "error" for output in cell.outputs)
+        tree = ast.parse(cell.source)
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+        stars = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        assert not any(alias.name == "*" for node in stars for alias in node.names)
+        assert "sys.path" not in cell.source
+    assert any(cell.outputs for cell in cells), "committed notebooks keep their outputs"
+    assert "Checks" in book.cells[-2].source
+
+
+@names
+def test_parameters_are_literals_with_a_comment_and_a_preset_among_them(notebook):
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert headless.parameters_of(notebook)["preset"] == "digits"
+    assert all("#" in line for line in tagged[0].source.splitlines())
+
+
+@pytest.fixture(scope="module")
+def smoke_copies(tmp_path_factory):
+    """Every notebook executed by papermill for the smoke preset, all in one home."""
+    home = tmp_path_factory.mktemp("notebooks-home")
+    before = {name: os.environ.get(name) for name in ("FUNLORA_HOME", "FUNLORA_FIGURES")}
+    os.environ.update(FUNLORA_HOME=str(home), FUNLORA_FIGURES=str(home / "figures"))
+    try:
+        copies = headless.execute("smoke", ["seeds=1"] if any_has("seeds") else [])
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return home, copies
+
+
+def any_has(parameter: str) -> bool:
+    return any(parameter in headless.parameters_of(notebook) for notebook in NOTEBOOKS)
+
+
+def test_every_notebook_runs_headless_and_a_second_time_gives_the_same_numbers(smoke_copies):
+    home, copies = smoke_copies
+    assert [copy.name for copy in copies] == [notebook.name for notebook in NOTEBOOKS]
+    again = nbval(copies, home)
+    assert again.returncode == 0, again.stdout[-3000:]
+
+
+def test_the_committed_continual_training_holds_on_digits(tmp_path):
+    """From an empty home: trains the digits run, its bounds and fine-tuning, and compares with what is committed."""
+    done = nbval([FOLDER / "01_continual_training.ipynb"], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "only", "words"),
+    [
+        ("nosuch", [], None, "Unknown preset 'nosuch'"),
+        ("smoke", ["nosuch=1"], None, "No notebook has a parameter 'nosuch'"),
+        ("smoke", ["seed"], None, "write it as name=value"),
+        ("smoke", ["seed=abc"], None, "seed=abc: accepted is a whole number"),
+        ("smoke", ["seed=__import__('os').system('x')"], None, "accepted is a whole number"),
+        ("smoke", [], "nosuch", "No notebook's name contains 'nosuch'"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_runs(preset, settings, only, words, tmp_path):
+    with pytest.raises(LabError) as refusal:
+        headless.execute(preset, settings, only)
+    assert words in str(refusal.value)
+    assert not (tmp_path / "home").exists()
+
+
+def test_text_that_looks_like_code_stays_text():
+    word = '"); import os; os.abort()  # '
+    assert headless.parse("device", word, "auto") == word
