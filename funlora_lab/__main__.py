@@ -17,6 +17,7 @@ from funlora_lab.errors import LabError, Stopped
 def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     arguments.words = sys.argv[1:] if words is None else words
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return arguments.act(arguments) or 0
     except LabError as reason:
@@ -25,6 +26,10 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("funlora: interrupted; the same command resumes the run.", file=sys.stderr)
         return 130
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", metavar="FIRST:LAST", help="learn only these later classes, e.g. 20:40 of the order"
     )
     share.add_argument("--worker", metavar="I/N", help="learn only the I-th of N shares of the later classes")
+    run.add_argument("--repair", action="store_true", help="first delete stored files that are damaged, then go on")
     run.set_defaults(act=_run)
 
     merge = commands.add_parser("merge", help="bring what other homes have finished (shares of a run) into this one")
@@ -65,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     quality.add_argument("--json", action="store_true", help="print one JSON object")
     quality.set_defaults(act=_quality)
+
+    verify = commands.add_parser("verify", help="prove from the stored files that a run forgot nothing")
+    verify.add_argument("run", help="the folder of a run, by its path or its name")
+    verify.add_argument("--device", default="cpu", help="cpu (default), auto, cuda or cuda:N")
+    verify.add_argument("--json", action="store_true", help="print the finding as one JSON object")
+    verify.set_defaults(act=_verify)
 
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
@@ -123,9 +135,13 @@ def _run(arguments) -> None:
     stop = _Stop(arguments.minutes)
     experiment = _experiment(arguments)
     from funlora_lab import continual, distributed, shares
+    from funlora_lab.store import Run
     from funlora_lab.training import Runtime
 
-    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop)
+    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop, tell=_tell)
+    if arguments.repair:
+        for finding in Run.of(experiment).repair():
+            _tell(f"Deleted: {str(finding).partition(';')[0]}.")
     try:
         if distributed.launched() and not _base_together(experiment, runtime):
             return
@@ -186,7 +202,7 @@ def _print_result(result: dict, experiment: Experiment, runtime, begun: float, a
     from funlora_lab.store import Run
 
     run = Run.of(experiment)
-    paths = sorted(run.folder.glob("*.png")) or pictures.save(OpenRun(run, runtime))
+    paths = pictures.stored(run.folder) or pictures.save(OpenRun(run, runtime))
     if arguments.json:
         keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
         print(json.dumps({key: result[key] for key in keys} | {"finished": True}))
@@ -211,6 +227,24 @@ def _merge(arguments) -> None:
         print(f"{facts['unfinished']} unfinished artefacts were left out: finish their shares and merge again.")
 
 
+def _verify(arguments) -> int:
+    from funlora_lab.certificate import verify
+    from funlora_lab.continual import pick_device
+    from funlora_lab.store import Run
+
+    report = verify(Run.at(arguments.run), pick_device(arguments.device))
+    if arguments.json:
+        print(json.dumps(report.json()))
+    else:
+        print(report.table().to_string())
+        for sentence in report.notes + report.sentences():
+            print(sentence)
+        print(
+            f"{len(report.compared)} comparisons: " + ("nothing changed." if report.unchanged else "SOMETHING CHANGED.")
+        )
+    return 0 if report.unchanged else 1
+
+
 def closing_table(result: dict) -> str:
     """The closing lines of a run, aligned."""
 
@@ -233,15 +267,24 @@ def closing_table(result: dict) -> str:
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
+def _tell(sentence: str) -> None:
+    print(f"funlora: {sentence}", file=sys.stderr, flush=True)
+
+
 class _Stop:
-    """Asked before every step: the sentence that says why to stop now (SIGTERM, or the minutes are over), else None."""
+    """Asked before every step: the sentence that says why to stop now, else None.
+
+    Reasons are SIGTERM, the first Ctrl-C (a second one stops at once) and that the minutes are over.
+    """
 
     def __init__(self, minutes: float | None):
         self.begun, self.minutes, self.asked = time.monotonic(), minutes, False
         signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_) -> None:
         self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @property
     def late(self) -> bool:

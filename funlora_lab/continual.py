@@ -5,12 +5,11 @@ trained from scratch (on real images at task 1, afterwards on samples alone), an
 all classes seen. The command, the notebooks and the widgets print and draw from the events; the loop knows none of
 them.
 
-Events (each a dictionary with ``event``): ``run``, ``loss``, ``samples``, ``accuracy``, ``result``. Those read back
-from disk instead of computed now carry ``replayed``. ``accuracy`` comes after every task, with the recognition of
-every class seen and the seconds that the task's training, sampling and classifier took.
+Events (each a dictionary with ``event``): ``run``, ``loss``, ``samples``, ``certificate``, ``accuracy``, ``result``.
+Those read back from disk instead of computed now carry ``replayed``. ``accuracy`` comes after every task, with the
+recognition of every class seen and the seconds that the task's training, sampling and classifier took.
 """
 
-import json
 import platform
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -23,13 +22,15 @@ from torch import Tensor
 
 from funlora_lab import __version__, data, metrics
 from funlora_lab import classifier as classifiers
+from funlora_lab.certificate import certify
 from funlora_lab.config import Experiment
 from funlora_lab.data import Dataset, Images, to_floats
+from funlora_lab.disk import clear_leftovers, locked, make_folder
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import Source, Work, generator_of, sample_stage
 from funlora_lab.sampling import draw
-from funlora_lab.store import Run, Stage, Store, locked
+from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
@@ -81,10 +82,7 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
         settings=e.select("classifier", "crop", "image_size", "channels"),
     )
     net = classifiers.build(e, len(classes), len(classes)).to(device)
-    if stage.done:
-        yield from work.replay(stage)
-    else:
-        yield from _fit_classifier(work, stage, net, classes, images)
+    yield from work.ready(stage, lambda: _fit_classifier(work, stage, net, classes, images))
     tensors, facts = stage.result()
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
     net.load_state_dict(tensors)
@@ -94,7 +92,6 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
 
 def _fit_classifier(work: Work, stage: Stage, net, classes: list[int], images: Images) -> Iterator[Event]:
     e, device = work.experiment, work.runtime.device
-    stage.open()
     position = torch.full((max(classes) + 1,), -1)
     position[torch.tensor(classes)] = torch.arange(len(classes))
     local = Images(images.pixels.to(device), position[images.labels].to(device))
@@ -150,9 +147,9 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     """
     runtime = runtime or Runtime()
     record = Run.of(experiment, home)
+    record.check()
     if record.results():
-        for event in record.events():
-            yield {**event, "replayed": True}
+        yield from _stored(record)
         return
     dataset = data.load(experiment, home)
     tasks = data.tasks(experiment, len(dataset.classes))
@@ -161,19 +158,29 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     if learner is not None:
         learner.check()
     about = provenance(runtime.device, dataset)
-    record.open(about)
-    with locked(record.folder), open(record.log_file, "w") as log:
-        results = {}
-        for event in _run(work, learner):
-            if event["event"] == "result":
-                results = event = event | {"run": str(record.folder), "provenance": about}
-            kept = {key: value for key, value in event.items() if key != "replayed"}
-            log.write(json.dumps(kept) + "\n")
-            log.flush()
-            if event["event"] != "result":
-                yield event
-        record.finish(results)
-    yield results
+    make_folder(record.folder)
+    with locked(record.folder, runtime.check, runtime.tell):
+        if not record.results():  # else another process finished it while this one waited
+            clear_leftovers(record.folder)
+            record.open(about)
+            for event in _run(work, learner):
+                kept = {key: value for key, value in event.items() if key != "replayed"}
+                if event["event"] != "result":
+                    record.log(kept)
+                    yield event
+                else:
+                    results = kept | {"provenance": about}
+                    record.log(results)
+                    record.finish(results)
+            yield record.results()
+            return
+    yield from _stored(record)
+
+
+def _stored(record: Run) -> Iterator[Event]:
+    """The events of a finished run as they were logged, marked as replayed."""
+    for event in record.events():
+        yield {**event, "replayed": True}
 
 
 def _run(work: Work, learner) -> Iterator[Event]:
@@ -205,6 +212,9 @@ def _run(work: Work, learner) -> Iterator[Event]:
                 samples[cls] = yield from _draw(work, learner.source(cls), cls)
                 recognised[cls] = _recognised(judge, everything, samples[cls], cls)
         clock.append(work.total_seconds)
+        if learner is not None:
+            folders = {cls: sample_stage(work, learner.source(cls), cls).folder.name for cls in seen}
+            yield certify(work, learner, k, {cls: (folders[cls], samples[cls]) for cls in seen})
         if k == 0 or learner is None:
             images, origin = dataset.train.of(seen), {"real": seen}
         else:

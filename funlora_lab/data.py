@@ -143,6 +143,9 @@ def _hold_out(images: Images, fraction: float, classes: int) -> tuple[Images, Im
         mine = (images.labels == cls).nonzero()[:, 0]
         order = torch.randperm(len(mine), generator=stream(0, "valid", cls))
         held[mine[order[: round(fraction * len(mine))]]] = True
+    empty = [cls for cls in range(classes) if not ((images.labels == cls) & ~held).any()]
+    if empty:
+        raise LabError(f"valid_fraction={fraction} leaves no images of class {empty[0]} to train on: lower it.")
     return Images(images.pixels[~held], images.labels[~held]), Images(images.pixels[held], images.labels[held])
 
 

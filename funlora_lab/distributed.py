@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from funlora_lab.disk import read_tensors
 from funlora_lab.errors import LabError
-from funlora_lab.store import Stage, Store, read_tensors
+from funlora_lab.store import Stage, Store
 
 ASK_EVERY = 10  # steps between two questions whether to stop, to which all processes need the same answer
 PATIENCE = timedelta(days=7)  # with which a process waits for the others: reading many pictures takes its time
@@ -88,12 +89,24 @@ class Team:
         dist.broadcast_object_list(answer, device=torch.device("cpu"))
         return answer[0]
 
+    def agree(self, value: bool) -> bool:
+        """The first process's ``value``, for all of them."""
+        if self.size == 1:
+            return value
+        answer = [value]
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        return answer[0]
+
     def store(self, folder: Path | None) -> Store:
         return Store(folder) if self.rank == 0 else _ReadingStore(folder)
 
 
 class _ReadStage(Stage):
     """A stage that another process writes: everything is read, nothing is written."""
+
+    @contextmanager
+    def held(self, runtime):
+        yield
 
     def open(self) -> None:
         pass

@@ -10,3 +10,11 @@ class LabError(Exception):
 
 class Stopped(LabError):
     """A run was asked to stop (time budget, signal, button); its state is saved and the same command resumes it."""
+
+
+class Damaged(LabError):
+    """A stored file cannot be trusted, so it is never loaded; ``path`` names it."""
+
+    def __init__(self, path, finding: str):
+        super().__init__(f"{finding}; delete it, or run again with --repair, to make it again.")
+        self.path = path

@@ -19,8 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from funlora_lab.disk import canonical, locked, read_tensors, write_tensors
 from funlora_lab.errors import LabError
-from funlora_lab.store import canonical, locked, read_tensors, write_tensors
 
 READING = 1  # raised when pictures are read in another way, so that older tensors are not reused
 PARTS = ("train", "test")

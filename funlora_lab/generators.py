@@ -5,8 +5,11 @@ class learned so far, by which key its images are known and how to build its vel
 classifier, scores) is the same for all methods.
 """
 
+import heapq
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,9 +17,10 @@ from torch import Tensor
 from funlora_lab.adapters import METHODS, Adapters, Row, stack, unstack
 from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
+from funlora_lab.disk import canonical, fingerprint, read_json, write_atomically
 from funlora_lab.flow import Velocity, flow_loss
 from funlora_lab.sampling import draw
-from funlora_lab.store import Stage, Store, fingerprint
+from funlora_lab.store import Stage, Store
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 from funlora_lab.unet import UNet
@@ -43,6 +47,16 @@ class Work:
         """A finished stage's events as they were logged, marked as replayed."""
         for event in stage.events():
             yield {**event, "replayed": True}
+
+    def ready(self, stage: Stage, make: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+        """See to it that a stage is finished: replay it, or ``make`` it while no other process does the same."""
+        team = self.runtime.team
+        if not team.agree(stage.done):
+            with stage.held(self.runtime):
+                if not team.agree(stage.done):
+                    yield from make()
+                    return
+        yield from self.replay(stage)
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,6 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     """
     e, device, team = work.experiment, work.runtime.device, work.runtime.team
     team.check(stage.state_file, e.base_batch)
-    stage.open()
     model = team.wrap(net.to(device).train())
     images = Images(images.pixels.to(device), images.labels.to(device))
     shuffle = Shuffle(len(images), e.seed, name, "order")
@@ -179,12 +192,13 @@ class WholeNetwork:
             if self.labels == [NULL]:  # every class starts where the unlabelled pictures left off
                 embedding[:] = old["label_emb.weight"].cpu()
             net.load_state_dict(old | {"label_emb.weight": embedding})
-        if stage.done:
-            yield from work.replay(stage)
-        else:
+
+        def make() -> Iterator[Event]:
             position = {cls: i for i, cls in enumerate(labels)}
             local = torch.tensor([position[c] for c in images.labels.tolist()])
-            yield from train_network(work, stage, net, Images(images.pixels, local), steps, name)
+            return train_network(work, stage, net, Images(images.pixels, local), steps, name)
+
+        yield from work.ready(stage, make)
         weights, facts = stage.result()
         net.load_state_dict(weights)
         work.seconds[stage.key] = facts["seconds"]
@@ -276,36 +290,63 @@ class FrozenBase(WholeNetwork):
 
     def learn_side_by_side(self, classes: list[int]) -> Iterator[Event]:
         """Learn the adapters of some classes at once; what is stored is reused, what was interrupted goes on."""
-        work = self.work
-        group = self._group(classes)
-        missing = [cls for cls in classes if not self.stage(cls).done]
-        if group.done and not missing:
-            yield from work.replay(group)
-        elif missing:
-            if not group.state_file.exists():  # some may be stored from elsewhere: only the others are trained
-                for cls in classes:
-                    if cls not in missing:
-                        yield from work.replay(self.stage(cls))
-                classes_now, group = missing, self._group(missing)
-            else:
-                classes_now = classes
-            yield from self._train(classes_now, group)
-        else:
-            for cls in classes:
-                yield from work.replay(self.stage(cls))
+        work, stages = self.work, {cls: self.stage(cls) for cls in classes}
+        with ExitStack() as held:
+            for stage in sorted(stages.values(), key=lambda stage: stage.key):  # in one order: nobody waits in a ring
+                if not stage.done:
+                    held.enter_context(stage.held(work.runtime))
+            groups = self._groups(classes, [cls for cls in classes if not stages[cls].done])
+            parts = [self._train(group) for group in groups]
+            parts += [work.replay(stages[cls]) for cls in classes if not any(cls in group for group in groups)]
+            # by step, then class, whoever was trained when and with whom: the log of a run has one order only
+            yield from heapq.merge(*parts, key=lambda event: (event["step"], classes.index(event["class"])))
         for cls in classes:
             stage = self.stage(cls)
             row, facts = stage.result()
             self.rows[cls], self.keys[cls] = row, stage.key
             work.seconds[stage.key] = facts["seconds"]
 
-    def _group(self, classes: list[int]) -> Stage:
-        return self.work.store.stage("group", members=[self.stage(cls).key for cls in classes])
+    def _groups(self, classes: list[int], missing: list[int]) -> list[list[int]]:
+        """The missing classes in the groups in which their training began, and all others in a new one.
 
-    def _train(self, classes: list[int], group: Stage) -> Iterator[Event]:
+        The bits of an adapter depend (in the last places) on how many are trained side by side, so a group goes on as
+        it began, even when some of its members were already handed out.
+        """
+        known = {self.stage(cls).key: cls for cls in classes}
+        groups, fresh = [], list(missing)
+        for cls in missing:
+            companions = self._companions_file(cls)
+            members = read_json(companions) if companions.exists() else []
+            if cls in fresh and members and known.keys() >= set(members):
+                groups.append([known[key] for key in members])
+                fresh = [other for other in fresh if other not in groups[-1]]
+        return groups + ([fresh] if fresh else [])
+
+    def _companions_file(self, cls: int) -> Path:
+        return self.stage(cls).folder / "group.json"
+
+    def _train(self, classes: list[int]) -> Iterator[Event]:
+        """Train a group, keep its result as a whole, then hand out to every class its own part."""
+        keys = [self.stage(cls).key for cls in classes]
+        group = self.work.store.stage("adapters", members=keys)
+        for cls in classes:
+            if not self.stage(cls).done:
+                write_atomically(self._companions_file(cls), canonical(keys).encode())
+        yield from self.work.ready(group, lambda: self._fit(classes, group))
+        result, facts = group.result()
+        facts["seconds"] /= len(classes)
+        for cls, row in zip(classes, unstack(result, len(classes)), strict=True):
+            stage = self.stage(cls)
+            if not stage.done:
+                stage.resume()
+                for event in group.events():
+                    if event["class"] == cls:
+                        stage.log(event)
+                stage.finish(row, **facts, cls=cls, side_by_side=len(classes))
+
+    def _fit(self, classes: list[int], group: Stage) -> Iterator[Event]:
         e, device, adapters = self.work.experiment, self.work.runtime.device, self.adapters
         K, N = len(classes), e.adapter_batch
-        group.open()
         images = [self.work.dataset.train.of(cls) for cls in classes]
         images = [Images(part.pixels.to(device), part.labels.to(device)) for part in images]
         shuffles = [Shuffle(len(part), e.seed, "adapter", cls) for cls, part in zip(classes, images, strict=True)]
@@ -334,16 +375,7 @@ class FrozenBase(WholeNetwork):
         optimizer = torch.optim.Adam(parameters.values(), lr=e.adapter_rate, fused=True)
         labels = [{"stage": "adapter", "class": cls} for cls in classes]
         result, facts = yield from fit(group, plan, optimizer, parameters, loss_at, self.work.runtime, labels)
-        facts |= {"seconds": facts["seconds"] / K, "base": fingerprint(self.net.state_dict())}
-        for cls, row in zip(classes, unstack(result, K), strict=True):
-            stage = self.stage(cls)
-            stage.open()
-            stage.resume()
-            for event in group.events():
-                if event.get("class") == cls:
-                    stage.log(event)
-            stage.finish(row, **facts, cls=cls, side_by_side=K)
-        group.finish({}, members=classes)
+        group.finish(result, **facts, base=fingerprint(self.net.state_dict()))
 
     def source(self, cls: int) -> Source:
         if cls in self.labels:

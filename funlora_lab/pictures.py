@@ -2,14 +2,16 @@
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from funlora_lab import plots
+from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
-from funlora_lab.store import checkout, write_atomically
+from funlora_lab.store import checkout
 
 
 def figures_folder(preset: str) -> Path:
@@ -36,6 +38,9 @@ def keep_results(preset: str, name: str, results: list[dict]) -> None:
     write_atomically(path, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
 
 
+UNFINISHED = ".pictures"  # lies in the folder while pictures are drawn
+
+
 def figures(opened: OpenRun, shown: int = 10) -> dict:
     """name -> Figure: samples beside real images, losses, accuracy per task, confusion matrix."""
     drawn = {}
@@ -56,11 +61,20 @@ def figures(opened: OpenRun, shown: int = 10) -> dict:
     return drawn
 
 
+def stored(folder: Path) -> list[Path]:
+    """The pictures in a folder; none when their drawing was broken off."""
+    return [] if (folder / UNFINISHED).exists() else sorted(folder.glob("*.png"))
+
+
 def save(opened: OpenRun, folder: Path | None = None) -> list[Path]:
     """Save every figure of the run as PNG in ``folder`` (default: the run's own); returns their paths."""
     folder = folder or opened.run.folder
     paths = []
+    write_atomically(folder / UNFINISHED, b"")
     for name, figure in figures(opened).items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1])
+        content = BytesIO()
+        figure.savefig(content, format="png")
+        write_atomically(paths[-1], content.getvalue())
+    (folder / UNFINISHED).unlink(missing_ok=True)
     return paths

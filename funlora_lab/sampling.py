@@ -12,9 +12,10 @@ from torch import Tensor
 
 from funlora_lab.config import Experiment
 from funlora_lab.data import to_bytes
+from funlora_lab.errors import Damaged
 from funlora_lab.flow import Solver, Velocity, noise
-from funlora_lab.store import Stage, read_tensors, write_tensors
-from funlora_lab.training import Event, Runtime
+from funlora_lab.store import Stage
+from funlora_lab.training import Event, Runtime, memory_for
 
 
 def solver_of(experiment: Experiment) -> Solver:
@@ -38,20 +39,25 @@ def draw(stage: Stage, velocity, experiment: Experiment, cls: int, count: int, r
 
     ``velocity()`` builds the class's velocity and is only called when something is left to draw.
     """
-    stage.open()
     images, seconds, field = [], 0.0, None
     for chunk in range(-(-count // experiment.chunk)):
         path = stage.folder / f"chunk-{chunk:05d}.safetensors"
         fresh = not path.exists()
         if fresh:
             runtime.check()
-            field = field or velocity()
-            begun = time.monotonic()
-            drawn, evaluations = draw_chunk(field, experiment, cls, chunk, runtime.device)
-            pixels = to_bytes(drawn).cpu()
-            spent = time.monotonic() - begun
-            write_tensors(path, {"images": pixels}, {"evaluations": evaluations, "seconds": spent})
-        tensors, facts = read_tensors(path)
+            with stage.held(runtime), memory_for("chunk"):
+                if not path.exists():
+                    field = field or velocity()
+                    begun = time.monotonic()
+                    drawn, evaluations = draw_chunk(field, experiment, cls, chunk, runtime.device)
+                    pixels = to_bytes(drawn).cpu()
+                    spent = time.monotonic() - begun
+                    stage.write(
+                        path, {"images": pixels}, {"evaluations": evaluations, "seconds": spent, "chunk": chunk}
+                    )
+        tensors, facts = stage.read(path)
+        if facts.get("chunk", chunk) != chunk:
+            raise Damaged(path, f"{path} is foreign: it holds chunk {facts['chunk']}")
         images.append(tensors["images"])
         seconds += facts["seconds"]
         event = {

@@ -16,10 +16,11 @@ from pathlib import Path
 from funlora_lab import data
 from funlora_lab.config import Experiment
 from funlora_lab.continual import provenance, sample_stage
+from funlora_lab.disk import fingerprint, locked, make_folder, read_tensors, write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.generators import FrozenBase, Work, generator_of
 from funlora_lab.sampling import draw
-from funlora_lab.store import FORMAT, Run, fingerprint, home, key_of, locked, read_tensors, write_atomically
+from funlora_lab.store import FORMAT, Run, home, key_of
 from funlora_lab.training import Event, Runtime
 
 
@@ -76,8 +77,12 @@ def learn(
     mine = positions(classes, tasks) if classes else part_of(worker, groups) if worker else []
     first = runtime.team.rank == 0
     if first:
-        record.open(provenance(runtime.device, dataset))
-    with locked(record.folder) if first else nullcontext():  # of all shares at work in this home one trains the base
+        record.check()
+        make_folder(record.folder)
+    # of all shares at work in this home one trains the base
+    with locked(record.folder, runtime.check, runtime.tell) if first else nullcontext():
+        if first and not record.config_file.exists():
+            record.open(provenance(runtime.device, dataset))
         runtime.team.wait()
         if learner is not None:
             yield from learner.learn(0)

@@ -1,4 +1,4 @@
-"""The disk: stages that are trained once, logged, saved atomically, resumed exactly and reused.
+"""What is kept: stages that are trained once, logged, saved, resumed exactly and reused, and the runs made of them.
 
 A *stage* is one artefact in the making or finished: the base model, one class's adapter, one class's samples, one
 classifier. Its folder is named by a hash of everything it depends on, so a table of fourteen methods over one base
@@ -9,30 +9,39 @@ trains the base once, and nothing is ever mistaken for something else.
                                      state.safetensors    progress, while it is in the making
                                      result.safetensors   the result; its presence means finished
     <home>/<run>/                    config.json, metrics.jsonl, results.json and pictures of one run
-
-Every tensor file carries a checksum in its own header; nothing is ever unpickled.
 """
 
 import hashlib
 import json
 import os
-import socket
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from funlora_lab.config import Experiment
-from funlora_lab.errors import LabError
+from funlora_lab import __version__
+from funlora_lab.config import LATER, Experiment
+from funlora_lab.disk import (
+    append_line,
+    canonical,
+    clear_leftovers,
+    cut_log,
+    locked,
+    make_folder,
+    read_json,
+    read_lines,
+    read_tensors,
+    size_of,
+    sync,
+    write_atomically,
+    write_tensors,
+    writing,
+)
+from funlora_lab.errors import Damaged, LabError
 
 FORMAT = 1  # of the artefacts; raised when old ones must not be reused
-CHECKSUM = "sha256"
 
 
 def checkout() -> Path | None:
@@ -47,110 +56,9 @@ def home() -> Path:
     return Path(chosen).absolute() if chosen else (checkout() or Path.cwd()) / "runs"
 
 
-def canonical(value) -> str:
-    """JSON with sorted keys: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 def key_of(inputs: dict) -> str:
     """The name of an artefact among those of its kind: a hash of everything it depends on."""
     return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:16]
-
-
-def fingerprint(tensors: dict[str, Tensor], extra: dict[str, str] | None = None) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, and over accompanying words."""
-    digest = hashlib.sha256(canonical(extra or {}).encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; raises LabError when that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise LabError(f"Cannot make {folder}: {reason.strerror or reason}.") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Either the whole new file or the old one, whatever happens; raises LabError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as reason:
-        temporary.unlink(missing_ok=True)
-        raise LabError(
-            f"Cannot write {path}: {reason.strerror or reason}; what was saved before is untouched."
-        ) from None
-
-
-def packed(tensors: dict[str, Tensor], facts: dict | None = None) -> bytes:
-    """Tensors and JSON-able facts as the content of one safetensors file, with a checksum over both."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {name: canonical(value) for name, value in (facts or {}).items()}
-    metadata[CHECKSUM] = fingerprint(tensors, metadata)
-    return safetensors.torch.save(tensors, metadata)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
-    """Save ``packed`` tensors and facts atomically."""
-    write_atomically(path, packed(tensors, facts))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, facts) of a file made by ``write_tensors``; raises LabError when it is missing, damaged or foreign."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise LabError(f"There is no file {path}.") from None
-    except (safetensors.SafetensorError, OSError, ValueError) as reason:
-        raise LabError(f"{path} is damaged or not a safetensors file ({reason}); delete it to make it again.") from None
-    expected = metadata.pop(CHECKSUM, None)
-    if expected is None:
-        raise LabError(f"{path} carries no checksum: it was not written by this program.")
-    if expected != fingerprint(tensors, metadata):
-        raise LabError(f"{path} is damaged: its checksum does not match its content; delete it to make it again.")
-    return tensors, {name: json.loads(value) for name, value in metadata.items()}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The complete JSON lines of a log; a last line torn by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-@contextmanager
-def locked(folder: Path, patience: float = -1):
-    """Hold a folder for this process; others wait, or after ``patience`` seconds learn who holds it.
-
-    The lock belongs to the process, so it is gone the moment the process dies, however it dies.
-    """
-    lock = FileLock(folder / ".lock")
-    holder = folder / ".holder"
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise LabError(f"{folder} is in use by {who}; wait for it to end or stop it.") from None
-    except OSError as reason:
-        raise LabError(f"Cannot lock {folder}: {reason.strerror or reason}.") from None
-    try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -178,6 +86,19 @@ class Stage:
     def done(self) -> bool:
         return self.result_file.exists()
 
+    @contextmanager
+    def held(self, runtime):
+        """Hold the stage while it is worked on: no two processes ever make the same artefact at once.
+
+        ``runtime`` (training.py) is told who is waited for, and may refuse, or stop the waiting.
+        """
+        runtime.check()
+        make_folder(self.folder)
+        with locked(self.folder, runtime.check, runtime.tell):
+            clear_leftovers(self.folder)
+            self.open()
+            yield
+
     def open(self) -> None:
         """Make the folder and write down what the artefact depends on, before any work."""
         make_folder(self.folder)
@@ -185,38 +106,47 @@ class Stage:
         if not inputs.exists():
             write_atomically(inputs, (json.dumps(self.inputs, indent=1, sort_keys=True) + "\n").encode())
 
+    def write(self, path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Save a file of this stage, signed with its key."""
+        write_tensors(path, tensors, {**facts, "stage": f"{self.kind}-{self.key}"})
+
+    def read(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        """(tensors, facts) of a file of this stage; raises Damaged when it is one of another stage."""
+        tensors, facts = read_tensors(path)
+        name = facts.pop("stage", self.folder.name)
+        if name != f"{self.kind}-{self.key}":
+            raise Damaged(path, f"{path} is foreign: it belongs to {name}")
+        return tensors, facts
+
     def result(self) -> tuple[dict[str, Tensor], dict]:
         """(tensors, facts) of the finished artefact."""
-        return read_tensors(self.result_file)
+        return self.read(self.result_file)
 
     def events(self) -> list[dict]:
         return read_lines(self.log_file)
 
     def log(self, event: dict) -> dict:
         """Append one event and flush it."""
-        with open(self.log_file, "a") as file:
-            file.write(json.dumps(event) + "\n")
+        append_line(self.log_file, event)
         return event
 
     def save_state(self, tensors: dict[str, Tensor], **facts) -> None:
         """Save progress, remembering how long the log was then."""
-        write_tensors(self.state_file, tensors, {**facts, "log_bytes": _size(self.log_file)})
+        sync(self.log_file)
+        self.write(self.state_file, tensors, {**facts, "log_bytes": size_of(self.log_file)})
 
     def resume(self) -> tuple[dict[str, Tensor], dict] | None:
         """The saved progress, with the log cut back to that moment; None (and an empty log) when there is none."""
-        saved = read_tensors(self.state_file) if self.state_file.exists() else None
-        if self.log_file.exists():
-            os.truncate(self.log_file, saved[1]["log_bytes"] if saved else 0)
+        saved = self.read(self.state_file) if self.state_file.exists() else None
+        cut_log(self.log_file, saved[1]["log_bytes"] if saved else 0)
         return saved
 
     def finish(self, tensors: dict[str, Tensor], **facts) -> None:
         """Save the result; the artefact counts as finished from this moment on."""
-        write_tensors(self.result_file, tensors, facts)
-        self.state_file.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+        sync(self.log_file)
+        self.write(self.result_file, tensors, facts)
+        with writing(self.state_file):
+            self.state_file.unlink(missing_ok=True)
 
 
 class Store:
@@ -230,6 +160,24 @@ class Store:
         inputs = {"format": FORMAT, "kind": kind, **inputs}
         key = key_of(inputs)
         return Stage(self.folder / "artefacts" / f"{kind}-{key}", kind, key, inputs)
+
+    def discard_damaged(self) -> list[Damaged]:
+        """Delete every artefact, state and log that cannot be trusted, so that it is made again; says which."""
+        found = []
+        for folder in sorted((self.folder / "artefacts").glob("*-*")):
+            kind, _, key = folder.name.rpartition("-")
+            stage = Stage(folder, kind, key, {})
+            for path in sorted(folder.glob("[!.]*.safetensors")) + [stage.log_file]:
+                try:
+                    _ = stage.read(path) if path.suffix == ".safetensors" else read_lines(path)
+                except Damaged as reason:
+                    found.append(reason)
+                    with writing(path):
+                        path.unlink(missing_ok=True)
+                        if path == stage.log_file:  # a log cannot be made again without its artefact
+                            stage.result_file.unlink(missing_ok=True)
+                            stage.state_file.unlink(missing_ok=True)
+        return found
 
 
 @dataclass(frozen=True)
@@ -255,12 +203,12 @@ class Run:
         folder = Path(word).absolute()
         if not (folder / "config.json").is_file():
             folder = home() / word
+        if not (folder / "config.json").is_file():
+            raise LabError(f"'{word}' is no run: accepted is a run's folder or its name under {home()}.")
         try:
-            stored = json.loads((folder / "config.json").read_text())["experiment"]
+            stored = read_json(folder / "config.json")["experiment"]
             names = set(stored)
-        except OSError:
-            raise LabError(f"'{word}' is no run: accepted is a run's folder or its name under {home()}.") from None
-        except (ValueError, TypeError, KeyError):
+        except (TypeError, KeyError):
             raise LabError(f"{folder}/config.json is damaged: it does not hold a run's settings.") from None
         if unlike := names ^ {field.name for field in fields(Experiment)}:
             raise LabError(
@@ -272,6 +220,10 @@ class Run:
             return cls(folder, Experiment(**tuples))
         except TypeError:
             raise LabError(f"{folder}/config.json is damaged: a setting has a value of the wrong kind.") from None
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.json"
 
     @property
     def results_file(self) -> Path:
@@ -286,17 +238,65 @@ class Run:
         return Store(self.folder.parent)
 
     def results(self) -> dict | None:
-        """The closing results of a finished run, else None."""
-        return json.loads(self.results_file.read_text()) if self.results_file.exists() else None
+        """The closing results of a finished run, with the folder as it is called now, else None."""
+        if not self.results_file.exists():
+            return None
+        results = read_json(self.results_file)
+        if not isinstance(results, dict) or results.get("event") != "result":
+            raise Damaged(self.results_file, f"{self.results_file} holds no results of a run")
+        return results | {"run": str(self.folder)}
 
     def events(self) -> list[dict]:
-        return read_lines(self.log_file)
+        """The log, with the folder as it is called now."""
+        return [
+            event | {"run": str(self.folder)} if event.get("event") == "result" else event
+            for event in read_lines(self.log_file)
+        ]
+
+    def repair(self) -> list[Damaged]:
+        """Delete what is damaged among the files of this run and the artefacts beside it; says what."""
+        found = self.store.discard_damaged()
+        for read in (self.check, self.events, self.results):
+            try:
+                read()
+            except Damaged as reason:
+                found.append(reason)
+        if found:  # the run is put together again from its artefacts
+            with writing(self.folder):
+                for path in (self.results_file, *(reason.path for reason in found)):
+                    path.unlink(missing_ok=True)
+        return found
+
+    def check(self) -> None:
+        """Raise LabError when the folder holds something else than this run, saying where the two differ."""
+        if not self.config_file.exists():
+            return
+        stored, mine = read_json(self.config_file), json.loads(canonical(asdict(self.experiment)))
+        if not isinstance(stored, dict) or not isinstance(stored.get("experiment"), dict):
+            raise Damaged(self.config_file, f"{self.config_file} holds no configuration of a run")
+        theirs = json.loads(canonical(LATER)) | stored["experiment"]
+        differing = [
+            f"{key} is {theirs.get(key, 'absent')} there and {mine.get(key, 'absent')} here"
+            for key in sorted(theirs.keys() | mine.keys())
+            if theirs.get(key) != mine.get(key) or (key in theirs) != (key in mine)
+        ]
+        if stored.get("format", FORMAT) != FORMAT:
+            differing.append(f"its format is {stored['format']} and this program's {FORMAT}")
+        version = stored.get("provenance", {}).get("versions", {}).get("funlora-lab", __version__)
+        if version != __version__ and not self.results_file.exists():
+            differing.append(f"it was begun by funlora-lab {version} and this is {__version__}")
+        if differing:
+            raise LabError(f"{self.folder} holds another run than asked for ({'; '.join(differing)}): move it away.")
 
     def open(self, provenance: dict) -> None:
-        """Make the folder and write config.json (configuration and provenance) before any work."""
-        make_folder(self.folder)
-        config = {"experiment": asdict(self.experiment), "provenance": provenance}
-        write_atomically(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        """Write config.json (configuration and provenance) and begin an empty log, before any work."""
+        config = {"format": FORMAT, "experiment": asdict(self.experiment), "provenance": provenance}
+        write_atomically(self.config_file, (json.dumps(config, indent=1) + "\n").encode())
+        write_atomically(self.log_file, b"")
+
+    def log(self, event: dict) -> None:
+        append_line(self.log_file, event)
 
     def finish(self, results: dict) -> None:
+        sync(self.log_file)
         write_atomically(self.results_file, (json.dumps(results, indent=1) + "\n").encode())

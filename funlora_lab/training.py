@@ -7,18 +7,31 @@ Letters: L lanes, the independent problems trained side by side (K classes; 1 fo
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from funlora_lab.distributed import Team
-from funlora_lab.errors import LabError, Stopped
+from funlora_lab.errors import Damaged, LabError, Stopped
 from funlora_lab.store import Stage
 
 Event = dict
+
+
+def _save_seconds() -> float:
+    """FUNLORA_SAVE_SECONDS, or 20."""
+    word = os.environ.get("FUNLORA_SAVE_SECONDS") or "20"
+    try:
+        seconds = float(word)
+        assert seconds >= 0
+    except (ValueError, AssertionError):
+        raise LabError(f"FUNLORA_SAVE_SECONDS={word}: accepted is a number of seconds from 0 up.") from None
+    return seconds
 
 
 @dataclass
@@ -26,19 +39,36 @@ class Runtime:
     """Where and how patiently work is done; nothing here changes a result beyond the device's own rounding.
 
     ``stop`` is asked before every step: a sentence means stop here, saved. ``save_seconds`` is the least time between
-    two saves of progress (saving also never takes more than about a twentieth of the time). ``team`` are the processes
-    that train a whole network together.
+    two saves of progress (saving also never takes more than about a twentieth of the time); 0 saves every step.
+    ``tell`` is given a sentence when something outside holds the work up. ``team`` are the
+    processes that train a whole network together.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stop: Callable[[], str | None] = lambda: None
-    save_seconds: float = 20.0
+    save_seconds: float = field(default_factory=_save_seconds)
     team: Team = field(default_factory=Team)
+    tell: Callable[[str], None] = lambda sentence: None
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; between stages everything is already saved."""
         if reason := self.stop():
             raise Stopped(reason)
+
+
+@contextmanager
+def memory_for(settings: str):
+    """Say which settings to lower when the block runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as reason:
+        spent = isinstance(reason, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(reason)
+        if not spent:
+            raise
+        raise LabError(f"Out of memory: lower {settings}; everything saved before is untouched.") from None
+
+
+MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # else base_batch
 
 
 @dataclass(frozen=True)
@@ -126,9 +156,12 @@ def fit(
     first, earlier = 0, 0.0
     if saved := stage.resume():
         tensors, facts = saved
-        pending = list(_restore(tensors, groups, optimizer, parameters).to(runtime.device))
+        try:
+            pending = list(_restore(tensors, groups, optimizer, parameters).to(runtime.device))
+        except (KeyError, RuntimeError):
+            raise Damaged(stage.state_file, f"{stage.state_file} is of another version of the program") from None
         first, earlier = facts["step"], facts["seconds"]
-        for event in stage.events():  # logged before the interruption
+        for event in stage.events():  # a run's log begins anew when it resumes: it needs the earlier lines too
             yield {**event, "replayed": True}
     begun = last_save = time.monotonic()
     save_cost = 0.0
@@ -144,6 +177,11 @@ def fit(
             raise LabError(
                 f"The loss of {' '.join(f'{k} {v}' for k, v in labels[lane].items())} was not finite at step "
                 f"{step - len(losses) + when + 1}; the state saved before it is kept, a lower learning rate may help."
+            )
+        if not torch.stack([value.isfinite().all() for value in parameters.values()]).all():
+            raise LabError(
+                f"The weights of the {labels[0]['stage']} were not finite after step {step}; "
+                "the state saved before it is kept, a lower learning rate may help."
             )
         return losses
 
@@ -162,12 +200,13 @@ def fit(
             raise Stopped(reason)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        losses = loss_at(step)
-        losses.sum().backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(list(parameters.values()), clip)
-        optimizer.step()
+        with memory_for(MEMORY.get(labels[0]["stage"], "base_batch")):
+            optimizer.zero_grad(set_to_none=True)
+            losses = loss_at(step)
+            losses.sum().backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(list(parameters.values()), clip)
+            optimizer.step()
         if average and step >= plan.ema_start:
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1 - plan.ema_decay(step))
@@ -187,7 +226,8 @@ def fit(
                     }
                 )
             pending = []
-        if done < plan.steps and time.monotonic() - last_save > max(runtime.save_seconds, 20 * save_cost):
+        rest = max(runtime.save_seconds, 20 * save_cost) if runtime.save_seconds else 0
+        if done < plan.steps and time.monotonic() - last_save >= rest:
             save(done)
     averaged = average if average and plan.ema_start < plan.steps else parameters
     return {name: value.detach() for name, value in averaged.items()}, {"seconds": elapsed(), "steps": plan.steps}

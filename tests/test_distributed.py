@@ -10,9 +10,10 @@ import torch
 
 from funlora_lab import shares
 from funlora_lab.config import preset
+from funlora_lab.disk import read_tensors
 from funlora_lab.distributed import ASK_EVERY, Team, _ReadingStore
 from funlora_lab.errors import Stopped
-from funlora_lab.store import Store, read_tensors
+from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 
 # With one channel a group, as in the smoke preset, a bias before GroupNorm has no gradient but rounding errors, of

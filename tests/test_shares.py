@@ -9,8 +9,8 @@ import torch
 from funlora_lab import continual, shares
 from funlora_lab.__main__ import main
 from funlora_lab.config import preset
+from funlora_lab.disk import fingerprint, read_tensors, write_tensors
 from funlora_lab.errors import LabError
-from funlora_lab.store import fingerprint, read_tensors, write_tensors
 from funlora_lab.training import Runtime
 
 SMOKE = preset("smoke").but(base_images=320)

@@ -8,8 +8,8 @@ import torch
 from funlora_lab import continual
 from funlora_lab.__main__ import main
 from funlora_lab.config import preset
+from funlora_lab.disk import fingerprint, read_tensors
 from funlora_lab.errors import Stopped
-from funlora_lab.store import fingerprint, read_tensors
 from funlora_lab.training import Runtime
 
 SMOKE = preset("smoke")
