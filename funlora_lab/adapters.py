@@ -101,7 +101,7 @@ def _functional(about: str, *more_settings: str) -> Method:
 
 METHODS: dict[str, Method] = {
     **{
-        name: _functional(f"{function}, {'learned' if learned else 'frozen'}, in the window's convolutions")
+        name: _functional(f"W * F in the window's convolutions, F of the {function} functions" + ", learned" * learned)
         for name, (function, learned, _) in FUNCTIONAL_METHODS.items()
     },
     "vanilla-mul": _functional("W * AB in the window's convolutions", "rank", "extra_rank"),

@@ -41,15 +41,18 @@ def content(adapters: Adapters, row: Row, base: str, cls: int, name: str) -> byt
     return packed(row, facts)
 
 
-def read(path: Path, adapters: Adapters) -> tuple[Row, dict]:
-    """(row, facts) of a class file that fits the base and the method; raises LabError saying what does not."""
+def read(path: Path, adapters: Adapters, base: str) -> tuple[Row, dict]:
+    """(row, facts) of a class file that fits the method and the base with fingerprint ``base``.
+
+    Raises LabError saying what is wrong with the file, or does not fit.
+    """
     row, facts = read_tensors(path)
     kinds = {"kind": str, "format": int, "base": str, "class": int, "name": str, "settings": dict}
     whole = all(type(facts.get(name)) is kind for name, kind in kinds.items())
     if not whole or (facts["kind"], facts["format"]) != (KIND, FORMAT) or facts["class"] < 0:
         raise LabError(f"{path} is no class file of this version: accepted is what `funlora export` writes.")
-    if facts["base"] != (own := base_fingerprint(adapters.net)):
-        raise LabError(f"{path} was learned over another base ({facts['base'][:12]}; this run's is {own[:12]}).")
+    if facts["base"] != base:
+        raise LabError(f"{path} was learned over another base ({facts['base'][:12]}; this run's is {base[:12]}).")
     theirs, ours = ({k: canonical(v) for k, v in one.items()} for one in (facts["settings"], settings(adapters)))
     unlike = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if unlike:
@@ -78,10 +81,11 @@ def apply(run: Run, learner: FrozenBase) -> dict[int, str]:
     folder = run.folder / "classes"
     for cls in [cls for cls in learner.rows if removal_mark(run, cls).exists()]:
         del learner.rows[cls], learner.keys[cls]
-    names = {}
-    for path in folder.glob("*.safetensors"):
-        row, facts = read(path, learner.adapters)
-        cls, meaning = facts["class"], {"base": facts["base"], "settings": canonical(facts["settings"])}
+    names, files = {}, sorted(folder.glob("*.safetensors"))
+    base = base_fingerprint(learner.net) if files else ""
+    for path in files:
+        row, facts = read(path, learner.adapters, base)
+        cls, meaning = facts["class"], {"base": base, "settings": canonical(facts["settings"])}
         learner.rows[cls], learner.keys[cls] = row, f"row-{fingerprint(row, meaning)}"
         names[cls] = facts["name"]
     return names

@@ -24,14 +24,15 @@ FUNCTIONAL_METHODS = {
     "shift": ("shift", False, 1e-1),
     "vanilla-mul": ("product", False, 1e-1),
 }
-# every other method that learns a class as a separate row of numbers -> its adapter learning rate
+# every other method that learns a class as a separate row of numbers -> its adapter learning rate, found likewise (the
+# compared ones: best of a coarse grid on one base at half the images, so within a factor of two or three)
 OTHER_ADAPTERS = {
     "vanilla-add": 1e-2,
-    "scale-shift": 3e-2,
-    "lora-attention": 1e-2,
-    "lora-conv-v1": 1e-2,
-    "lora-conv-v2": 1e-2,
-    "kml": 3e-2,
+    "scale-shift": 1e-1,
+    "lora-attention": 3e-2,
+    "lora-conv-v1": 3e-2,
+    "lora-conv-v2": 3e-2,
+    "kml": 1e-1,
     "label-embedding": 3e-2,
 }
 # methods that train the whole network, or no generator at all
@@ -81,7 +82,7 @@ class Experiment:
     lora_v2_window: str = "14-20"  # the same for lora-conv-v2, which learns k times as much a layer
     rank: int = 1  # of the vanilla methods and lora-conv-v1, -v2
     extra_rank: tuple[int, ...] = ()  # indices of the convolutions given one rank more (vanilla methods only)
-    attention_rank: int = 5  # of lora-attention
+    lora_attention_rank: int = 5  # of lora-attention
     label_embedding: str = "mean"  # of a new class: mean of task 1's, frozen | learned
     seed: int = 0
 
@@ -149,7 +150,7 @@ class Experiment:
             check(getattr(self, field) in accepted, field, "one of " + ", ".join(accepted))
         at_least_one = (
             "image_size channels base_channels res_blocks head_channels norm_groups functions ratio rank "
-            "attention_rank base_images base_batch adapter_images adapter_batch steps samples_per_class chunk "
+            "lora_attention_rank base_images base_batch adapter_images adapter_batch steps samples_per_class chunk "
             "classifier_epochs classifier_batch log_every"
         )
         for field in at_least_one.split():
@@ -291,7 +292,7 @@ _CIFAR10 = Experiment(
     window="40-54",
     lora_v1_window="48-50",
     lora_v2_window="44-50",
-    attention_rank=2,
+    lora_attention_rank=2,
     base_images=5_000_000,  # 500 epochs of 10,000 images
     base_batch=128,
     base_lr=2e-4,

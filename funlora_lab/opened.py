@@ -194,7 +194,7 @@ class OpenRun:
         method, or when the run already knows a class of that index.
         """
         self._frozen()
-        row, facts = classfiles.read(path, self.adapters)
+        row, facts = classfiles.read(path, self.adapters, classfiles.base_fingerprint(self.network))
         cls, name = facts["class"], facts["name"]
         if cls in self.known:
             raise LabError(f"This run already knows class {cls} ({self.known[cls]}); `funlora remove` takes it out.")

@@ -94,7 +94,7 @@ def _low_rank(about: str, settings: tuple[str, ...], layers, shapes) -> Method:
 
 
 def _lora_attention() -> Method:
-    """LoRA of rank ``attention_rank`` on qkv and output projection of every attention block: 6 O r a block.
+    """LoRA of rank ``lora_attention_rank`` on qkv and output projection of every attention block: 6 O r a block.
 
     One A serves queries, keys and values (rank r for the joint projection): the paper's number for rank 2. loralib's
     merged layer gives each of the three its own pair and leaves the keys out.
@@ -102,11 +102,11 @@ def _lora_attention() -> Method:
 
     def shapes(layer, experiment):
         O, I = layer.weight.shape[:2]
-        return (O, experiment.attention_rank), (experiment.attention_rank, I)
+        return (O, experiment.lora_attention_rank), (experiment.lora_attention_rank, I)
 
     return _low_rank(
         "W + BA in the qkv and output projections of every attention block",
-        ("attention_rank",),
+        ("lora_attention_rank",),
         _attention_projections,
         shapes,
     )

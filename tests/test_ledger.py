@@ -120,6 +120,16 @@ def test_what_is_counted_is_what_is_trained():
         assert trained == adapters.parameters_per_class == ledger.parameters_per_class(adapters.experiment) + label
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_ledger_of_all_methods(name):
+    table = ledger.of_preset(name).set_index("method")
+    assert list(table.index) == list(METHODS)
+    assert (table.layers.drop("label-embedding") > 0).all()
+    new = ledger.CLASSES[PRESETS[name].data] - int(PRESETS[name].split.split("-")[0])
+    assert ((table.total - table.total["label-embedding"]) == (new + 1) * table.PPC).all()
+    assert (table.class_file_bytes > 4 * table.PPC).all()
+
+
 def test_the_command_prints_the_papers_tables_and_a_presets_methods(capsys):
     assert main(["ledger"]) == 0
     out = capsys.readouterr().out

@@ -8,7 +8,7 @@ from funlora_lab import data
 from funlora_lab.adapters import METHODS, Adapters, stack
 from funlora_lab.config import PRESETS
 from funlora_lab.errors import LabError
-from funlora_lab.generators import FrozenBase, Work, build_unet
+from funlora_lab.generators import UNET_FIELDS, FrozenBase, Work, build_unet
 from funlora_lab.methods import broadcast
 from funlora_lab.metrics import numerical_rank
 from funlora_lab.store import Store
@@ -169,7 +169,7 @@ def test_broadcast_acts_alike_on_every_kernel_position():
         ({"method": "lora-conv-v2", "ratio": 2}, "ratio=2"),
         ({"method": "funlora", "rank": 2}, "rank=2"),
         ({"method": "kml", "extra_rank": (14,)}, "extra_rank=14"),
-        ({"method": "lora-attention", "attention_rank": 0}, "attention_rank=0"),
+        ({"method": "lora-attention", "lora_attention_rank": 0}, "lora_attention_rank=0"),
         ({"method": "lora-conv-v1", "lora_v1_window": "20-18"}, "lora_v1_window=20-18"),
     ],
 )
@@ -188,7 +188,11 @@ def test_an_adapter_is_known_by_the_settings_of_its_method_alone(tmp_path):
 
     attention = {"method": "lora-attention"}
     assert key(**attention) == key(**attention, window="12-20") == key(**attention, functions=7)
-    assert key(**attention) != key(**attention, attention_rank=3)
+    assert key(**attention) != key(**attention, lora_attention_rank=3)
     assert key(method="vanilla-mul") != key(method="vanilla-mul", extra_rank=(14,))
-    assert key(method="funlora") == key(method="funlora", attention_rank=3)
+    assert key(method="funlora") == key(method="funlora", lora_attention_rank=3)
     assert key(method="funlora") != key(method="funlora", window="12-20")
+
+
+def test_the_base_is_known_by_the_settings_of_the_network_alone():
+    assert set(PRESETS["smoke"].select(*UNET_FIELDS)) == set(UNET_FIELDS)
