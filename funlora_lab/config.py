@@ -41,7 +41,15 @@ METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
 VANILLA = ("vanilla-add", "vanilla-mul")  # F = AB, and its rank may be chosen layer by layer
 
 # settings that came after the first runs were stored: at these values they leave a run's name as it was
-LATER = {"pretrain_root": "", "pretrain_images": 0}
+LATER = {
+    "pretrain_root": "",
+    "pretrain_images": 0,
+    "lora_v1_window": "18-20",
+    "lora_v2_window": "14-20",
+    "rank": 1,
+    "extra_rank": (),
+    "attention_rank": 5,
+}
 
 
 @dataclass(frozen=True)

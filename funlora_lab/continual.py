@@ -35,8 +35,8 @@ from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
 
-def provenance(device: torch.device, dataset: Dataset) -> dict:
-    """Where, with what and from which images a result was made."""
+def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> dict:
+    """Where, with what and from which images a result was made; ``pictures`` as ``data.pictures`` gives it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
@@ -44,7 +44,7 @@ def provenance(device: torch.device, dataset: Dataset) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": pictures},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -148,7 +148,10 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     runtime = runtime or Runtime()
     record = Run.of(experiment, home)
     record.check()
-    if record.results():
+    if stored := record.results():
+        before, now = stored["provenance"].get("data", {}).get("pictures"), data.pictures(experiment)
+        if before and now and before != now:
+            raise LabError(f"The pictures have changed since {record.folder} was run: move that folder to run anew.")
         yield from _stored(record)
         return
     dataset = data.load(experiment, home)
@@ -157,7 +160,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device, dataset)
+    about = provenance(runtime.device, dataset, data.pictures(experiment))
     make_folder(record.folder)
     with locked(record.folder, runtime.check, runtime.tell):
         if not record.results():  # else another process finished it while this one waited

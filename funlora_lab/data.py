@@ -112,14 +112,26 @@ def _cifar(experiment: Experiment, cache: Path) -> Parts:
     return tuple(parts[0].classes), train, test
 
 
-def _folder(experiment: Experiment, cache: Path) -> Parts:
-    """``train/<class>/*`` and ``test/<class>/*``; the classes are the folders' names, sorted.
-
-    The folder is data_root; without that, FUNLORA_DATA or ``data``, or what is named after the preset in there.
-    """
+def _folder_root(experiment: Experiment) -> Path:
+    """The folder is data_root; without that, FUNLORA_DATA or ``data``, or what is named after the preset in there."""
     root = data_root(experiment)
     if not experiment.data_root and not (root / "train").is_dir() and (root / experiment.preset).is_dir():
         root = root / experiment.preset
+    return root
+
+
+def pictures(experiment: Experiment) -> str | None:
+    """A hash of the names and sizes of a folder's pictures; None for other data, and for a folder that is not there."""
+    root = _folder_root(experiment)
+    if experiment.data != "folder" or not root.is_dir():
+        return None
+    found = [path for part in folders.listing(root).values() for paths in part.values() for path in paths]
+    return store.key_of({"pictures": folders.sizes(found, root)})
+
+
+def _folder(experiment: Experiment, cache: Path) -> Parts:
+    """``train/<class>/*`` and ``test/<class>/*``; the classes are the folders' names, sorted."""
+    root = _folder_root(experiment)
     files = folders.listing(root)
     classes = tuple(files["train"])
     tasks(experiment, len(classes))  # before the long reading
@@ -167,7 +179,7 @@ def load(experiment: Experiment, home: Path | None = None) -> Dataset:
     if experiment.pretrain_root:
         root = Path(experiment.pretrain_root).expanduser().absolute()
         unlabelled = folders.unlabelled(root, experiment.image_size, experiment.channels, cache)
-    name = f"folder {data_root(experiment)}" if experiment.data == "folder" else experiment.data
+    name = f"folder {_folder_root(experiment)}" if experiment.data == "folder" else experiment.data
     return Dataset(name, classes, train, valid, test, unlabelled)
 
 

@@ -107,11 +107,16 @@ def _read(paths: list[Path], size: int, channels: int) -> Tensor:
     return pixels
 
 
+def sizes(paths: list[Path], root: Path) -> list[list]:
+    """[name, bytes] of every file: what tells whether pictures are still the same ones, also after a copy."""
+    return [[path.relative_to(root).as_posix(), path.stat().st_size] for path in paths]
+
+
 def pixels_of(paths: list[Path], root: Path, size: int, channels: int, cache: Path) -> Tensor:
     """Pictures as uint8 (N, C, size, size), read from the files once and from ``cache`` from then on."""
     if channels not in (1, 3):
         raise LabError(f"channels={channels}: accepted for pictures is 1 (grey) or 3 (colour).")
-    facts = [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    facts = [[*names, path.stat().st_mtime_ns] for names, path in zip(sizes(paths, root), paths, strict=True)]
     key = hashlib.sha256(canonical([READING, str(root.resolve()), size, channels, facts]).encode()).hexdigest()[:16]
     stored = cache / f"{key}.safetensors"
     try:

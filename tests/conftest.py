@@ -5,6 +5,7 @@ import pytest
 from funlora_lab import continual
 from funlora_lab.config import preset
 from funlora_lab.opened import open_run
+from funlora_lab.store import fingerprint, read_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +26,14 @@ def smoke_home(tmp_path_factory):
 def smoke_run(smoke_home):
     """The finished smoke run, opened."""
     return open_run(preset("smoke"), "cpu", home=smoke_home)
+
+
+@pytest.fixture(scope="session")
+def numbers():
+    """numbers(home): the fingerprint of every tensor file of a home's artefacts, apart from how long it took."""
+
+    def numbers(home):
+        files = sorted((home / "artefacts").glob("*/*.safetensors"))
+        return {f"{file.parent.name}/{file.name}": fingerprint(read_tensors(file)[0]) for file in files}
+
+    return numbers

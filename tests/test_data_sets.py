@@ -73,6 +73,18 @@ def test_a_folder_of_mixed_sizes_and_formats_goes_through_the_whole_protocol(sha
     assert result["provenance"]["data"]["name"] == f"folder {shapes}"
 
 
+def test_a_finished_run_is_not_passed_off_as_one_of_changed_pictures(tmp_path):
+    experiment = tiny(tmp_path / "pictures", base_images=32, adapter_images=16, samples_per_class=2, chunk=2)
+    events = list(continual.run(experiment, home=tmp_path))
+    assert list(continual.run(experiment, home=tmp_path))[-1]["LA"] == events[-1]["LA"]
+    added = tmp_path / "pictures" / "train" / "a" / "new.png"
+    save(drawn("cross", 1), added)
+    with pytest.raises(LabError, match="changed since"):
+        list(continual.run(experiment, home=tmp_path))
+    added.parent.parent.parent.rename(tmp_path / "away")
+    assert list(continual.run(experiment, home=tmp_path))[-1]["LA"] == events[-1]["LA"], "results outlive the pictures"
+
+
 def test_a_second_reading_comes_from_the_cache_and_a_changed_picture_is_noticed(shapes, tmp_path, monkeypatch):
     experiment = preset("smoke").but(data="folder", data_root=str(shapes), split="1-1")
     first = data.load(experiment, tmp_path)

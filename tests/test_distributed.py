@@ -16,9 +16,7 @@ from funlora_lab.errors import Stopped
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 
-# With one channel a group, as in the smoke preset, a bias before GroupNorm has no gradient but rounding errors, of
-# which Adam makes steps of full size; with two groups every weight can be compared.
-EXPERIMENT = preset("smoke").but(norm_groups=2, log_every=1)
+EXPERIMENT = preset("smoke").but(log_every=1)
 
 
 def torchrun(home, *words):

@@ -9,24 +9,13 @@ import torch
 from funlora_lab import continual, shares
 from funlora_lab.__main__ import main
 from funlora_lab.config import preset
-from funlora_lab.disk import fingerprint, read_tensors, write_tensors
+from funlora_lab.disk import read_tensors, write_tensors
 from funlora_lab.errors import LabError
+from funlora_lab.store import Run
 from funlora_lab.training import Runtime
 
-SMOKE = preset("smoke").but(base_images=320)
+SMOKE = preset("smoke")
 TASKS = [[4, 2], [0, 1, 3], [5, 6, 7]]
-
-
-def numbers(home):
-    files = sorted((home / "artefacts").glob("*/*.safetensors"))
-    return {f"{file.parent.name}/{file.name}": fingerprint(read_tensors(file)[0]) for file in files}
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """The run made in one piece, and its closing result."""
-    home = tmp_path_factory.mktemp("single")
-    return home, list(continual.run(SMOKE, home=home))[-1]
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +36,18 @@ def kept(result):
     return {name: value for name, value in result.items() if name not in ("seconds", "run", "provenance")}
 
 
-def test_two_shares_merged_equal_the_single_run_bit_for_bit(single, workers, tmp_path):
+def test_two_shares_merged_equal_the_single_run_bit_for_bit(smoke_home, workers, numbers, tmp_path):
     facts = shares.merge(workers, tmp_path)
     assert facts["brought"] == {"adapter": 4, "group": 2, "network": 1, "samples": 4}
     assert facts["known"] == 1, "the base of the second share is the same"
     brought = numbers(tmp_path)
     result = list(continual.run(SMOKE, home=tmp_path))[-1]
-    home, expected = single
-    assert kept(result) == kept(expected)
-    assert numbers(tmp_path) == numbers(home)
+    assert kept(result) == kept(Run.of(SMOKE, smoke_home).results())
+    assert numbers(tmp_path) == numbers(smoke_home)
     assert brought.items() <= numbers(tmp_path).items(), "nothing that was brought is trained again"
 
 
-def test_shares_finer_than_a_group_equal_the_single_run_up_to_rounding(single, workers, tmp_path):
+def test_shares_finer_than_a_group_equal_the_single_run_up_to_rounding(smoke_home, workers, tmp_path):
     networks = [path for path in (workers[0] / "artefacts").glob("network-*")]
     for name, classes in (("a", "6:7"), ("b", "7:10")):
         for network in networks:
@@ -67,15 +55,14 @@ def test_shares_finer_than_a_group_equal_the_single_run_up_to_rounding(single, w
         list(shares.learn(SMOKE, Runtime(), tmp_path / name, classes=classes))
     shares.merge([tmp_path / "a"], tmp_path / "b")
     result = list(continual.run(SMOKE, home=tmp_path / "b"))[-1]
-    home, expected = single
-    assert result["flow_loss"] == pytest.approx(expected["flow_loss"], abs=1e-4)
-    for path in (home / "artefacts").glob("adapter-*/result.safetensors"):
+    assert result["flow_loss"] == pytest.approx(Run.of(SMOKE, smoke_home).results()["flow_loss"], abs=1e-4)
+    for path in (smoke_home / "artefacts").glob("adapter-*/result.safetensors"):
         mine = read_tensors(tmp_path / "b" / "artefacts" / path.parent.name / path.name)[0]
         for name, value in read_tensors(path)[0].items():
             assert torch.allclose(mine[name], value, atol=1e-3), name
 
 
-def test_a_share_repeated_changes_nothing(workers, tmp_path):
+def test_a_share_repeated_changes_nothing(workers, numbers, tmp_path):
     home = copy(workers[0], tmp_path)
     before = numbers(home)
     events = list(shares.learn(SMOKE, Runtime(), home, worker="1/2"))
@@ -163,7 +150,7 @@ def other_numbers(home):
         (lambda home: shutil.rmtree(home / "artefacts"), "no artefacts"),
     ],
 )
-def test_a_wrong_share_is_refused_and_nothing_is_copied(spoil, said, workers, tmp_path):
+def test_a_wrong_share_is_refused_and_nothing_is_copied(spoil, said, workers, numbers, tmp_path):
     here, there = copy(workers[0], tmp_path), copy(workers[1], tmp_path)
     spoil(there)
     before = numbers(here)

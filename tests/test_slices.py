@@ -8,23 +8,12 @@ import torch
 from funlora_lab import continual
 from funlora_lab.__main__ import main
 from funlora_lab.config import preset
-from funlora_lab.disk import fingerprint, read_tensors
+from funlora_lab.disk import read_tensors
 from funlora_lab.errors import Stopped
+from funlora_lab.store import Run
 from funlora_lab.training import Runtime
 
 SMOKE = preset("smoke")
-
-
-def numbers(home):
-    """Fingerprint of every finished artefact's tensors under a home."""
-    files = sorted((home / "artefacts").glob("*/*.safetensors"))
-    return {f"{file.parent.name}/{file.name}": fingerprint(read_tensors(file)[0]) for file in files}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    home = tmp_path_factory.mktemp("undisturbed")
-    return home, list(continual.run(SMOKE, home=home))
 
 
 def stop_after(steps: int):
@@ -39,25 +28,25 @@ def stop_after(steps: int):
     return stop
 
 
-def test_three_slices_equal_one_run_bit_for_bit(undisturbed, tmp_path):
+def test_three_slices_equal_one_run_bit_for_bit(smoke_home, numbers, tmp_path):
     for steps in (13, 47):  # in the judge's and the base's training
         with pytest.raises(Stopped, match="budget"):
             list(continual.run(SMOKE, Runtime(stop=stop_after(steps)), tmp_path))
         assert list((tmp_path / "artefacts").glob("*/state.safetensors")), "nothing was saved on the way"
     events = list(continual.run(SMOKE, home=tmp_path))
-    home, expected = undisturbed
-    assert numbers(tmp_path) == numbers(home)
+    expected = Run.of(SMOKE, smoke_home)
+    assert numbers(tmp_path) == numbers(smoke_home)
     changing = {"seconds", "run", "provenance"}
     result = {name: value for name, value in events[-1].items() if name not in changing}
-    assert result == {name: value for name, value in expected[-1].items() if name not in changing}
+    assert result == {name: value for name, value in expected.results().items() if name not in changing}
 
     def losses(found):
         return [(e["stage"], e.get("class"), e["step"], e["loss"]) for e in found if e["event"] == "loss"]
 
-    assert losses(events) == losses(expected)
+    assert losses(events) == losses(Run.of(SMOKE, tmp_path).events()) == losses(expected.events())
 
 
-def test_minutes_end_a_call_in_order_and_the_same_command_goes_on(undisturbed, tmp_path, monkeypatch, capsys):
+def test_minutes_end_a_call_in_order_and_the_same_command_goes_on(smoke_home, numbers, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
     words = ["run", "smoke", "--device", "cpu", "--minutes", "0.005"]
     assert main(words) == 0
@@ -71,8 +60,8 @@ def test_minutes_end_a_call_in_order_and_the_same_command_goes_on(undisturbed, t
     assert main(["run", "smoke", "--device", "cpu", "--minutes", "60", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["finished"] is True
-    assert result["LA"] == undisturbed[1][-1]["LA"]
-    assert numbers(tmp_path) == numbers(undisturbed[0])
+    assert result["LA"] == Run.of(SMOKE, smoke_home).results()["LA"]
+    assert numbers(tmp_path) == numbers(smoke_home)
 
 
 @pytest.mark.parametrize("word", ["0", "-1", "nan", "inf", "soon"])
@@ -83,14 +72,14 @@ def test_minutes_that_are_no_time_are_refused(word, capsys):
     assert "--minutes" in capsys.readouterr().err
 
 
-def test_bf16_trains_fp32_weights_to_almost_the_same_loss(undisturbed, tmp_path):
-    _, expected = undisturbed
+def test_bf16_trains_fp32_weights_to_almost_the_same_loss(smoke_home, tmp_path):
     events = list(continual.run(SMOKE.but(precision="bf16"), home=tmp_path))
 
     def last_loss(found):
         return [e["loss"] for e in found if e["event"] == "loss" and e["stage"] == "base"][-1]
 
-    assert last_loss(events) == pytest.approx(last_loss(expected), rel=0.02)
-    assert last_loss(events) != last_loss(expected), "bf16 was not used"
+    expected = last_loss(Run.of(SMOKE, smoke_home).events())
+    assert last_loss(events) == pytest.approx(expected, rel=0.02)
+    assert last_loss(events) != expected, "bf16 was not used"
     for file in (tmp_path / "artefacts").glob("network-*/result.safetensors"):
         assert {value.dtype for value in read_tensors(file)[0].values()} == {torch.float32}
