@@ -158,14 +158,14 @@ def test_the_decay_table_of_a_frozen_base_is_flat(smoke):
     assert (table.groupby("measure")["value"].nunique() == 1).all()
 
 
-def test_the_command_prints_the_table_and_names_the_runs_there_are(smoke, monkeypatch, capsys):
+def test_the_command_prints_the_table_and_says_what_it_does_not_know(smoke, monkeypatch, capsys):
     monkeypatch.setenv("FUNLORA_HOME", str(smoke.run.folder.parent))
     assert main(["quality", smoke.run.folder.name, "--draws", "2", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["classifier features"]) == 14 * 2 * 4
     for words in (["quality", "nothing"], ["quality", smoke.run.folder.name, "--split", "all"]):
         assert main(words) == 2
     printed = capsys.readouterr().err
-    assert smoke.run.folder.name in printed
+    assert "'nothing' is no run" in printed
     assert "accepted is train or test" in printed
 
 
