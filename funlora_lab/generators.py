@@ -167,7 +167,7 @@ class WholeNetwork:
             seed=e.seed,
             flip=e.flip,
             precision=e.precision,
-            unet=e.select(*UNET_FIELDS),
+            unet={name: getattr(e, name) for name in UNET_FIELDS},
             training=e.select("base_batch", "base_lr", "base_schedule", "base_warmup", "base_ema", "grad_clip"),
             **({"data": work.dataset.fingerprint} | inputs),
         )
