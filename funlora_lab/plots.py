@@ -3,6 +3,7 @@
 Colours are told apart by colour-blind readers and in grey; every figure is legible at the size a notebook shows it.
 """
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +15,17 @@ INK, GRID = "#222222", "#d9d9d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows by itself: without pyplot nobody else tells it how."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Drawing(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)

@@ -162,7 +162,11 @@ def joined(features: dict[int, Tensor], classes: list[int]) -> Tensor:
 
 
 def classifier_quality(opened: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
-    """``compare`` on classifier features for every group of classes, which the column ``group`` names."""
+    """``compare`` on classifier features for every group of classes, which the column ``group`` names.
+
+    The classifier has seen the images of split train, so unseen real images too lie at some distance from them
+    (``unseen`` measures it); split test is free of that, with fewer images.
+    """
     real, drawn = images_of(opened, split)
     real, drawn = (
         {cls: classifier.features(opened.judge, images) for cls, images in part.items()} for part in (real, drawn)
@@ -173,6 +177,13 @@ def classifier_quality(opened: OpenRun, draws: int = 50, split: str = "train") -
         tables.append(table.assign(group=group))
     columns = ["group", "of", "measure", "value", "low", "high", "n"]
     return pd.concat(tables, ignore_index=True)[columns].assign(features="classifier features", split=split)
+
+
+def unseen(opened: OpenRun, draws: int = 50) -> pd.DataFrame:
+    """``compare`` with real test images in place of samples, of all classes: what no generator can be asked to beat."""
+    dataset = opened.work.dataset
+    train, test = (classifier.features(opened.judge, part.pixels) for part in (dataset.train, dataset.test))
+    return compare(train, test, draws, opened.experiment.seed).replace({"of": {"samples": "test"}})
 
 
 def decay(opened: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:

@@ -152,8 +152,9 @@ def recognition_maps(tables: dict[str, pd.DataFrame]) -> Figure:
     """A heatmap a method: recognition of every class (rows) after every task (columns), blank before it is learned."""
     first = next(iter(tables.values()))
     figure, axes = _figure(3.2 * len(tables) + 0.6, 0.29 * len(first) + 1.1, 1, len(tables), sharey=True)
+    least = min(table.min(axis=None) for table in tables.values())
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-        heat(axis, table.to_numpy(float), table.columns.astype(str), table.index.astype(str), vmin=0.5, vmax=1)
+        heat(axis, table.to_numpy(float), table.columns.astype(str), table.index.astype(str), vmin=least, vmax=1)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("after task")
     axes[0, 0].set_ylabel("class")

@@ -146,14 +146,26 @@ def test_the_table_of_a_run_has_every_class_and_task_and_never_says_fid(smoke):
     assert whole["all", "real", "Frechet"] < whole["all", "samples", "Frechet"]
 
 
-def test_the_command_prints_the_table_and_names_the_runs_there_are(smoke, monkeypatch, capsys):
+def test_unseen_real_images_are_nearer_than_untrained_samples(smoke):
+    unseen = quality.unseen(smoke, draws=3).set_index(["of", "measure"])["value"]
+    samples = quality.classifier_quality(smoke, draws=3).set_index(["group", "of", "measure"])["value"]
+    assert unseen["test", "Frechet"] < samples["all", "samples", "Frechet"]
+
+
+def test_the_decay_table_of_a_frozen_base_is_flat(smoke):
+    table = quality.decay(smoke, draws=2).query("of == 'samples'")
+    assert table["task"].max() == 3
+    assert (table.groupby("measure")["value"].nunique() == 1).all()
+
+
+def test_the_command_prints_the_table_and_says_what_it_does_not_know(smoke, monkeypatch, capsys):
     monkeypatch.setenv("FUNLORA_HOME", str(smoke.run.folder.parent))
     assert main(["quality", smoke.run.folder.name, "--draws", "2", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["classifier features"]) == 14 * 2 * 4
     for words in (["quality", "nothing"], ["quality", smoke.run.folder.name, "--split", "all"]):
         assert main(words) == 2
     printed = capsys.readouterr().err
-    assert smoke.run.folder.name in printed
+    assert "'nothing' is no run" in printed
     assert "accepted is train or test" in printed
 
 

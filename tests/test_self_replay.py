@@ -1,11 +1,13 @@
 """Self-replay: what it trains on, that its cost grows, and that what the loop reports of each task adds up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from funlora_lab import generators
 from funlora_lab.config import preset
-from funlora_lab.opened import open_run
+from funlora_lab.opened import exhaust, open_run
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,12 @@ def test_it_shares_the_base_with_funlora_and_trains_more_at_every_task(replayed,
     assert images == {"base": 640, "self-replay-2": 8 * 128, "self-replay-3": 10 * 128}
     first = replayed.learner_after(1)
     assert first.key == funlora.learner_after(1).key
+
+
+def test_the_key_of_the_base_leaves_out_what_only_adapters_depend_on(replayed):
+    other = generators.SelfReplay(replace(replayed.work, experiment=replayed.experiment.but(attention_rank=2)))
+    exhaust(other.learn(0))
+    assert other.key == replayed.learner_after(1).key
 
 
 def test_it_trains_on_its_own_samples_of_old_classes_and_on_real_images_of_new_ones(replayed, monkeypatch):
