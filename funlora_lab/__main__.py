@@ -211,22 +211,22 @@ def _merge(arguments) -> None:
         print(f"{facts['unfinished']} unfinished artefacts were left out: finish their shares and merge again.")
 
 
+def _measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
 def closing_table(result: dict) -> str:
     """The closing lines of a run, aligned."""
-
-    def share(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.4f}"
-
     rows = [
         ("method", result["method"]),
-        ("LA", f"{share(result['LA'])}   accuracy over all classes after the last task"),
-        ("AIA", f"{share(result['AIA'])}   its mean over the tasks"),
+        ("LA", f"{_measured(result['LA'])}   accuracy over all classes after the last task"),
+        ("AIA", f"{_measured(result['AIA'])}   its mean over the tasks"),
         ("PPC", f"{result['PPC']:,}   numbers learned for one class"),
         (
             "recognition",
-            f"{share(result['recognition'])}   share of new classes' samples that a real-data judge knows",
+            f"{_measured(result['recognition'])}   share of new classes' samples that a real-data judge knows",
         ),
-        ("flow loss", f"{share(result['flow_loss'])}   on held-out images of new classes"),
+        ("flow loss", f"{_measured(result['flow_loss'])}   on held-out images of new classes"),
         ("seconds", f"{result['seconds']:.1f}   training, sampling and classifiers, whenever they ran"),
         ("run", result["run"]),
     ]
@@ -288,7 +288,7 @@ def _list(arguments) -> None:
         results = config.with_name("results.json")
         if results.exists():
             found = json.loads(results.read_text())
-            print(f"  {config.parent.name}  LA {found['LA']:.4f}  AIA {found['AIA']:.4f}")
+            print(f"  {config.parent.name}  LA {_measured(found['LA'])}  AIA {_measured(found['AIA'])}")
         else:
             print(f"  {config.parent.name}  unfinished")
 
