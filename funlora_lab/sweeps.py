@@ -1,7 +1,6 @@
-"""Tables of many runs over one base: which runs a table needs, doing those that are missing, reading the results.
+"""Doing the runs that tables lack, and reading the results of all of them.
 
-A table is a dictionary of named experiments (its rows), the same for every seed. All rows of a seed share the base,
-the judge and the classifier of task 1 through the artefact store. Seeds share nothing, so each has a process of its own.
+Seeds share nothing, so on processors each has a process of its own.
 """
 
 import dataclasses
@@ -10,180 +9,19 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pandas as pd
 import torch
 
 from funlora_lab import continual
-from funlora_lab.config import METHODS, PRESETS, WHOLE_NETWORK, Experiment, preset
-from funlora_lab.errors import LabError
-from funlora_lab.generators import build_unet
-from funlora_lab.opened import exhaust
+from funlora_lab.config import WHOLE_NETWORK, Experiment
+from funlora_lab.designs import Cell
+from funlora_lab.opened import OpenRun, exhaust, open_run
 from funlora_lab.store import Run, home
 from funlora_lab.training import Runtime
-from funlora_lab.unet import conv_layers
-
-Rows = dict[str, Experiment]
-PAPER_WINDOWS = "0-64 5-54 15-44 15-54 25-44 25-54 35-54 40-54 45-54 40-49 45-49".split()  # Table I
-FEW_WINDOWS = "0-64 5-54 15-44 25-44 25-54 40-54 45-49".split()  # those that stay apart in a smaller network
-
-
-def base_of(name: str) -> Experiment:
-    """The experiment that tables of a preset are made from: its small variant (``digits-small``) where it has one.
-
-    FUNLORA_PRESET, when set, takes the place of ``name``: so tests execute the notebooks as they are, on ``smoke``.
-    """
-    name = os.environ.get("FUNLORA_PRESET") or name
-    return preset(f"{name}-small" if f"{name}-small" in PRESETS else name)
-
-
-def seeds_of(base: Experiment, seeds: int) -> range:
-    """Seeds 0 up to ``seeds``; one alone for ``smoke``, which only shows that everything runs."""
-    return range(1 if base.preset == "smoke" else seeds)
-
-
-# --- what the tables hold: rows by name, from the experiment they vary ---------------------------------------------
-
-
-def _network(base: Experiment):
-    with torch.device("meta"):
-        return build_unet(base, 1)
-
-
-def scaled_window(window: str, base: Experiment) -> str:
-    """A window of the paper's 65 convolutions at the same place of another network: encoder, middle, decoder, output.
-
-    Positions inside the encoder and the decoder are scaled by their lengths.
-    """
-    names = list(conv_layers(_network(base)))
-    middle = next(i for i, name in enumerate(names) if name.startswith("middle_block"))
-    decoder = next(i for i, name in enumerate(names) if name.startswith("output_blocks"))
-    last = len(names) - 1
-    places = np.interp([int(i) for i in window.split("-")], [0, 21, 25, 63, 64], [0, middle, decoder, last - 1, last])
-    return "-".join(str(round(place)) for place in places)
-
-
-def windows(base: Experiment) -> Rows:
-    """Table I: vanilla mul in the paper's windows, at the same places of this network, and in its own window."""
-    same = len(conv_layers(_network(base))) == 65
-    found = [scaled_window(window, base) for window in (PAPER_WINDOWS if same else FEW_WINDOWS)]
-    return {window: base.but(method="vanilla-mul", window=window) for window in dict.fromkeys([*found, base.window])}
-
-
-def functions(base: Experiment) -> Rows:
-    """Table II: every function, learned and frozen, and the three starts of the cosine."""
-    rows = {
-        "cosine, learned": base.but(method="funlora"),
-        "cosine, learned, equal start": base.but(method="funlora", start="equal"),
-        "cosine, learned, literal start": base.but(method="funlora", start="literal"),
-        "cosine, frozen": base.but(method="cosine-frozen"),
-        "power, learned": base.but(method="power"),
-        "power, frozen": base.but(method="power-frozen"),
-        "shift": base.but(method="shift"),
-        "vanilla mul": base.but(method="vanilla-mul"),
-        "vanilla add": base.but(method="vanilla-add"),
-    }
-    return {name: _at_best_rate(e) for name, e in rows.items()}
-
-
-def operations(base: Experiment) -> Rows:
-    """Table IV: W*F, W+F and W*F+G with learned cosines, from the identity and as the paper's formula stands."""
-    rows = {
-        "mul": base.but(method="funlora"),
-        "mul-add": base.but(method="funlora", operation="mul-add"),
-        "add": base.but(method="funlora", operation="add"),
-        "mul-add, literal start": base.but(method="funlora", operation="mul-add", start="literal"),
-        "add, literal start": base.but(method="funlora", operation="add", start="literal"),
-    }
-    return {name: _at_best_rate(e) for name, e in rows.items()}
-
-
-def ratios(base: Experiment) -> Rows:
-    """Table IV: A and B with r times fewer entries, for every r that divides this network's channels."""
-    channels = [n for layer in conv_layers(_network(base)).values() for n in layer.weight.shape[:2]]
-    first, last = base.window_range
-    channels = channels[2 * first : 2 * last + 2]
-    return {
-        str(r): _at_best_rate(base.but(method="funlora", ratio=r))
-        for r in (1, 2, 4, 8, 16)
-        if not any(n % r for n in channels)
-    }
-
-
-def methods(base: Experiment) -> Rows:
-    """Table V: the bounds, vanilla conditioning, every compared adapter and FunLoRA."""
-    bounds = ["classifier-multitask", "generative-multitask", "label-embedding"]
-    variants = set(FUNCTION_VARIANTS) | set(WHOLE_NETWORK) | set(bounds)
-    rivals = [method for method in METHODS if method not in variants and method != "funlora"]
-    return {method: _at_best_rate(base.but(method=method)) for method in [*bounds, *rivals, "funlora"]}
-
-
-FUNCTION_VARIANTS = ("cosine-frozen", "power", "power-frozen", "shift")  # of Table II, not compared again in Table V
-
-RATES = (1e-2, 3e-2, 1e-1)
-
-
-def rates(base: Experiment) -> Rows:
-    """Adam's rate for the adapters, chosen by the loss on held-out training images: a grid on a few methods."""
-    few = ("funlora", "shift", "vanilla-add")
-    return {f"{method} at {rate:g}": base.but(method=method, adapter_lr=rate) for method in few for rate in RATES}
-
-
-TABLES: dict[str, Callable[[Experiment], Rows]] = {
-    "windows": windows,
-    "functions": functions,
-    "operations": operations,
-    "ratios": ratios,
-    "methods": methods,
-    "rates": rates,
-}
-
-
-SCORED_AFTER = {"methods": "every", "rates": "none"}  # tasks with a classifier; the other tables: the last
-
-
-def _at_best_rate(experiment: Experiment) -> Experiment:
-    """The experiment at the rate that did best for it on held-out images of seed 0, where the method's own is not."""
-    e = experiment
-    rate = BEST_RATES.get((e.preset, e.method, e.operation, e.start), 0.0)
-    return e if e.method in WHOLE_NETWORK or not rate else e.but(adapter_lr=rate)
-
-
-# chosen on seed 0 among RATES by the flow loss of held-out training images; (preset, method, operation, start)
-BEST_RATES: dict[tuple[str, str, str, str], float] = {}
-
-
-# --- doing what is missing -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a table: row ``row`` for the seed of ``experiment``."""
-
-    table: str
-    row: str
-    experiment: Experiment
-
-    def run(self, folder: Path | None = None) -> Run:
-        return Run.of(self.experiment, folder)
-
-
-def cells(tables: list[str], base: Experiment, seeds) -> list[Cell]:
-    """Every run of some tables; raises LabError for an unknown table."""
-    for name in tables:
-        if name not in TABLES:
-            raise LabError(f"Unknown table '{name}': accepted are {', '.join(TABLES)}.")
-    return [
-        Cell(name, row, experiment.but(seed=seed, score_after=SCORED_AFTER.get(name, "last")))
-        for name in tables
-        for row, experiment in TABLES[name](base).items()
-        for seed in seeds
-    ]
 
 
 def missing(wanted: list[Cell], folder: Path | None = None) -> list[Experiment]:
@@ -192,11 +30,29 @@ def missing(wanted: list[Cell], folder: Path | None = None) -> list[Experiment]:
     return [experiment for experiment in experiments if not Run.of(experiment, folder).results()]
 
 
-def _cost(run: Run) -> dict[str, float]:
-    """Seconds of a finished run: of its ``base``, and of everything of its ``own``."""
-    losses = [event for event in run.events() if event["event"] == "loss" and event["stage"] == "base"]
-    base = losses[-1]["seconds"] if losses else 0.0
-    return {"base": base, "own": run.results()["seconds"] - base}
+def status(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
+    """One line a table: runs it needs, finished and remaining."""
+    lines = {}
+    for table in dict.fromkeys(cell.table for cell in wanted):
+        mine = [cell for cell in wanted if cell.table == table]
+        left = len(missing(mine, folder))
+        lines[table] = {"runs": len(mine), "finished": len(mine) - left, "remaining": left}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def costs(run: Run) -> dict[str, float]:
+    """Seconds of a finished run: base, the rest of the generator's training, sampling, classifiers, from its log."""
+    spent = {"base": 0.0, "sampling": {}, "classifier": {}}
+    judged = False  # the first classifier is the judge, no part of the method; what follows it is
+    for event in run.events():
+        if event["event"] == "loss" and event["stage"] == "base":
+            spent["base"], judged = event["seconds"], True
+        elif event["event"] == "samples":
+            spent["sampling"][event["class"]], judged = event["seconds"], True
+        elif event["event"] == "loss" and event["stage"] == "classifier" and judged:
+            spent["classifier"][event["classes"]] = event["seconds"]
+    parts = {name: sum(value.values()) if isinstance(value, dict) else value for name, value in spent.items()}
+    return {"generator": run.results()["seconds"] - sum(parts.values()), **parts}
 
 
 def _trial(experiment: Experiment, device: str) -> dict[str, float]:
@@ -230,13 +86,18 @@ def workers_for(experiments: list[Experiment], device: str) -> int:
     return max(1, min(len({e.seed for e in experiments}), os.cpu_count() or 1))
 
 
+def _base_and_own(run: Run) -> dict[str, float]:
+    base = costs(run)["base"]
+    return {"base": base, "own": run.results()["seconds"] - base}
+
+
 def estimate(wanted: list[Cell], device: str = "auto", folder: Path | None = None) -> float:
     """Seconds until all cells are done: from what finished runs took, or, when there are none, from a short trial."""
     todo = missing(wanted, folder)
     if not todo:
         return 0.0
     finished = {cell.experiment: cell.run(folder) for cell in wanted if cell.experiment not in todo}
-    known = {experiment: _cost(run) for experiment, run in finished.items()}
+    known = {experiment: _base_and_own(run) for experiment, run in finished.items()}
     if not known:
         longest = next((e for e in todo if e.method not in WHOLE_NETWORK), todo[0])
         known = {longest: _trial(longest, device)}
@@ -259,29 +120,35 @@ def perform(
     device: str = "auto",
     folder: Path | None = None,
     show: Callable[[str], None] = lambda line: None,
+    each: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Run every cell that is not finished, seeds side by side; ``show`` gets one line before, and one a finished run.
+    """Run every cell that is not finished, seeds side by side.
 
-    Raises the first error of a run, after the others have been stopped; what was finished or saved stays.
+    ``show`` gets what there is to do and how long it should take before anything starts, and how long it took;
+    ``each`` gets a line for every finished run. Raises the first error of a run, after the others have been stopped;
+    what was finished or saved stays.
     """
     folder = folder or home()
     todo = missing(wanted, folder)
-    experiments = dict.fromkeys(cell.experiment for cell in wanted)
-    show(f"{len(experiments)} runs: {len(experiments) - len(todo)} stored, {len(todo)} to do")
+    all_of = len({cell.experiment for cell in wanted})
     if not todo:
-        return
+        return show(f"{all_of} runs, all stored")
     workers = workers_for(todo, device)
-    show(f"about {_duration(estimate(wanted, device, folder))} on {workers} process{'es' if workers > 1 else ''}")
+    duration = _duration(estimate(wanted, device, folder))
+    show(f"{all_of} runs: {all_of - len(todo)} stored, {len(todo)} to do in about {duration}, {workers} at once")
     begun = time.monotonic()
     by_seed = [[e for e in todo if e.seed == seed] for seed in dict.fromkeys(e.seed for e in todo)]
-    if workers == 1:
-        for experiment in todo:
-            _work([experiment], device, folder, torch.get_num_threads())
-            show(_finished(experiment, folder))
-    else:
-        for experiment in _side_by_side(by_seed, workers, device, folder):
-            show(_finished(experiment, folder))
+    for experiment in (
+        _side_by_side(by_seed, workers, device, folder) if workers > 1 else _in_turn(todo, device, folder)
+    ):
+        each(_finished(experiment, folder))
     show(f"done in {_duration(time.monotonic() - begun)}")
+
+
+def _in_turn(experiments: list[Experiment], device: str, folder: Path) -> Iterator[Experiment]:
+    for experiment in experiments:
+        _work([experiment], device, folder, torch.get_num_threads())
+        yield experiment
 
 
 def _side_by_side(lists: list[list[Experiment]], workers: int, device: str, folder: Path) -> Iterator[Experiment]:
@@ -313,8 +180,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
-# --- reading the results -------------------------------------------------------------------------------------------
-
 MEASURES = ("LA", "AIA", "recognition", "flow_loss", "seconds")
 
 
@@ -331,11 +196,9 @@ def collect(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
     return frame.astype(dict.fromkeys((*MEASURES, "PPC", "rate"), float))
 
 
-def sweep(tables: list[str], base: Experiment, seeds, device: str = "auto", show=print) -> pd.DataFrame:
-    """Run what is missing of some tables and read everything: what notebooks call."""
-    wanted = cells(tables, base, seeds)
-    perform(wanted, device, show=show)
-    return collect(wanted)
+def open_row(wanted: list[Cell], row: str, device: str = "auto") -> list[OpenRun]:
+    """The opened runs of one row, a seed each."""
+    return [open_run(cell.experiment, device) for cell in wanted if cell.row == row]
 
 
 def summary(frame: pd.DataFrame, measures=MEASURES) -> pd.DataFrame:
