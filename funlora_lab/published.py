@@ -46,5 +46,8 @@ COST = pd.DataFrame.from_dict(
     columns=["training h", "sampling h", "classifier h", "total h"],
 )
 
+# images of 3 x 32 x 32 bytes that take as much room as a class in float32, by ratio
+RATIO_IMAGES = {1: 13, 2: 7, 4: 4, 8: 2, 16: 1}
+
 # largest rank of F after training, Fig. 4
 RANKS = {"cosine": 15, "shift": 10, "power": 4}
