@@ -1,9 +1,12 @@
 """Tables of many runs: what they hold, that stored runs are reused, that an interrupted table goes on."""
 
+import re
+
 import pytest
 import torch
 
 from funlora_lab import adapter_plots, continual, designs, sweeps, tables
+from funlora_lab.__main__ import main
 from funlora_lab.config import Experiment, preset
 from funlora_lab.errors import LabError
 from funlora_lab.opened import exhaust, open_run
@@ -150,3 +153,28 @@ def test_tables_are_written_in_three_forms(tmp_path, monkeypatch):
     assert r"fun\_lora & 97.1 $\pm$ 0.4 \\" in text[".tex"]
     assert r"100 \%" in text[".tex"]
     assert pd.read_csv(tmp_path / "smoke" / "06-x.csv", index_col=0).loc["other", "LA %"] == tables.NOT_RUN
+
+
+def test_the_command_plans_a_sweep_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
+    assert main(["sweep", "smoke", "--tables", "operations,ratios", "--seeds", "1", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"operations\s+5\s+0\s+5", said)
+    assert float(re.search(r"takes about (\d+) s", said)[1]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "nosuch"], "Unknown preset 'nosuch'"),
+        (["sweep", "smoke", "--tables", "nosuch"], "Unknown table 'nosuch'"),
+        (["sweep", "smoke", "--seeds", "0"], "seeds=0: accepted"),
+        (["sweep", "smoke", "--set", "nosuch=1"], "Unknown setting 'nosuch'"),
+    ],
+)
+def test_bad_words_are_refused_before_anything_runs(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
