@@ -102,6 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("--class", required=True, metavar="CLASS", dest="cls", help="its name or index")
     remove.set_defaults(act=_remove)
 
+    sweep = commands.add_parser(
+        "sweep", help="run the tables of a preset over shared bases, or what is missing of them"
+    )
+    sweep.add_argument("preset", help="taken in its small variant where it has one (digits: digits-small)")
+    sweep.add_argument("--tables", default="windows,functions,operations,ratios,methods", help="names joined by commas")
+    sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    sweep.add_argument("--plan", action="store_true", help="only show what is done, what remains and how long it takes")
+    sweep.set_defaults(act=_sweep)
+
     notebooks = commands.add_parser("notebooks", help="execute the notebooks for a preset with papermill")
     notebooks.add_argument("preset")
     notebooks.add_argument("--set", action="append", default=[], metavar="PARAMETER=VALUE", dest="settings")
@@ -245,22 +256,22 @@ def _verify(arguments) -> int:
     return 0 if report.unchanged else 1
 
 
+def _measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
 def closing_table(result: dict) -> str:
     """The closing lines of a run, aligned."""
-
-    def share(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.4f}"
-
     rows = [
         ("method", result["method"]),
-        ("LA", f"{share(result['LA'])}   accuracy over all classes after the last task"),
-        ("AIA", f"{share(result['AIA'])}   its mean over the tasks"),
+        ("LA", f"{_measured(result['LA'])}   accuracy over all classes after the last task"),
+        ("AIA", f"{_measured(result['AIA'])}   its mean over the tasks"),
         ("PPC", f"{result['PPC']:,}   numbers learned for one class"),
         (
             "recognition",
-            f"{share(result['recognition'])}   share of new classes' samples that a real-data judge knows",
+            f"{_measured(result['recognition'])}   share of new classes' samples that a real-data judge knows",
         ),
-        ("flow loss", f"{share(result['flow_loss'])}   on held-out images of new classes"),
+        ("flow loss", f"{_measured(result['flow_loss'])}   on held-out images of new classes"),
         ("seconds", f"{result['seconds']:.1f}   training, sampling and classifiers, whenever they ran"),
         ("run", result["run"]),
     ]
@@ -331,7 +342,7 @@ def _list(arguments) -> None:
         results = config.with_name("results.json")
         if results.exists():
             found = json.loads(results.read_text())
-            print(f"  {config.parent.name}  LA {found['LA']:.4f}  AIA {found['AIA']:.4f}")
+            print(f"  {config.parent.name}  LA {_measured(found['LA'])}  AIA {_measured(found['AIA'])}")
         else:
             print(f"  {config.parent.name}  unfinished")
 
@@ -368,6 +379,22 @@ def _remove(arguments) -> None:
     name = opened.known[cls]
     opened.remove_class(cls)
     print(f"Class {name} (index {cls}) is no longer in {opened.run.folder}; its training stays in the store.")
+
+
+def _sweep(arguments) -> None:
+    from funlora_lab import designs, sweeps, tables
+
+    if arguments.seeds < 1:
+        raise LabError(f"seeds={arguments.seeds}: accepted is a whole number from 1 up.")
+    base = override(designs.base_of(arguments.preset), arguments.settings)
+    wanted = designs.cells(arguments.tables.split(","), base, range(arguments.seeds))
+    print(sweeps.status(wanted).to_string(), flush=True)
+    if arguments.plan:
+        print(f"What remains takes about {sweeps.estimate(wanted, arguments.device):.0f} s.")
+        return
+    sweeps.perform(wanted, arguments.device, show=print, each=lambda line: print(" ", line, flush=True))
+    for name, table in sweeps.summary(sweeps.collect(wanted)).groupby(level=0, sort=False):
+        print(f"\n{name}\n{tables.readable(table).to_string()}")
 
 
 def _notebooks(arguments) -> None:

@@ -14,6 +14,7 @@ FUNCTIONS = ("product", "shift", "power", "cosine")
 OPERATIONS = ("mul", "add", "mul-add")
 STARTS = ("identity", "equal", "literal")
 SOLVERS = ("euler", "midpoint", "rk4", "dopri5", "dopri5-each")
+SCORED = ("every", "last", "none")
 
 # name -> (function, hyperparameters learned, adapter learning rate at which it did best on held-out digits)
 FUNCTIONAL_METHODS = {
@@ -39,17 +40,6 @@ OTHER_ADAPTERS = {
 WHOLE_NETWORK = ("fine-tune", "self-replay", "generative-multitask", "classifier-multitask")
 METHODS = (*FUNCTIONAL_METHODS, *OTHER_ADAPTERS, *WHOLE_NETWORK)
 VANILLA = ("vanilla-add", "vanilla-mul")  # F = AB, and its rank may be chosen layer by layer
-
-# settings that came after the first runs were stored: at these values they leave a run's name as it was
-LATER = {
-    "pretrain_root": "",
-    "pretrain_images": 0,
-    "lora_v1_window": "18-20",
-    "lora_v2_window": "14-20",
-    "rank": 1,
-    "extra_rank": (),
-    "attention_rank": 5,
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ class Experiment:
     adapter_warmup: int = 0
     adapter_ema: float = 0.98
     adapter_ema_start: int = 0
-    lanes: int = 0  # classes trained side by side; 0: all new classes of a task
+    lanes: int = 0  # classes trained side by side; 0: all new classes of a task; more: classes of later tasks too
 
     # sampling
     solver: str = "midpoint"  # euler | midpoint | rk4 (fixed grid) | dopri5 | dopri5-each (adaptive)
@@ -131,6 +121,7 @@ class Experiment:
     classifier_weight_decay: float = 5e-4
     crop: int = 0  # pixels of padding for random crops
 
+    score_after: str = "every"  # tasks after which a classifier is trained and scored: every | last | none
     log_every: int = 25  # steps between two lines of the log
 
     def __post_init__(self):
@@ -153,6 +144,7 @@ class Experiment:
             "adapter_schedule": ("constant", "cosine"),
             "solver": SOLVERS,
             "classifier": ("cnn", "resnet18"),
+            "score_after": SCORED,
         }
         for field, accepted in choices.items():
             check(getattr(self, field) in accepted, field, "one of " + ", ".join(accepted))
@@ -232,9 +224,9 @@ class Experiment:
 
     @property
     def identity(self) -> dict:
-        """All settings but those of ``LATER`` at their default: what names a run's folder."""
-        settings = dataclasses.asdict(self)
-        return {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
+        """The settings that differ from their defaults: what names a run's folder, whatever settings come later."""
+        defaults = dataclasses.asdict(Experiment())
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
 
     def but(self, **changes) -> "Experiment":
         """A copy with some fields changed, validated again."""
@@ -352,6 +344,17 @@ PRESETS = {
         log_every=5,
     ),
     "digits": _DIGITS,
+    "digits-small": _DIGITS.but(  # for tables of many runs: half the channels, shorter training
+        preset="digits-small",
+        base_channels=16,
+        base_images=38_400,
+        adapter_images=3_200,
+        adapter_batch=16,
+        lanes=8,
+        samples_per_class=80,
+        chunk=80,
+        classifier_epochs=10,
+    ),
     "cifar10": _CIFAR10,
     # Half the channels and a quarter of the images: about 29 PFLOP in all (base 12, adapters 7, samples 3, classifiers
     # 8), so 5 to 8 minutes at 70 to 100 TFLOP/s, a tenth of an H200's bf16 rate; an estimate, until it is measured.

@@ -200,7 +200,7 @@ def _run(work: Work, learner) -> Iterator[Event]:
     judge, *upper = yield from train_classifier(work, everything, dataset.train.of(everything), {"real": everything})
     work.seconds.clear()  # the judge is not part of the method: its training is not part of the cost
 
-    matrix: list[list[float]] = []
+    matrix: list[list[float] | None] = []  # None after tasks that are not scored
     samples: dict[int, Tensor] = {}
     recognised: dict[int, float] = {}
     predicted, true = upper
@@ -209,11 +209,18 @@ def _run(work: Work, learner) -> Iterator[Event]:
         clock = [work.total_seconds]
         if learner is not None:
             yield from learner.learn(k)
+        last = k == len(tasks) - 1
+        if not last and e.score_after != "every":
+            matrix.append(None)
+            continue
         clock.append(work.total_seconds)
         if learner is not None:
             for cls in seen:
                 samples[cls] = yield from _draw(work, learner.source(cls), cls)
                 recognised[cls] = _recognised(judge, everything, samples[cls], cls)
+        if e.score_after == "none":
+            matrix.append(None)
+            break
         clock.append(work.total_seconds)
         if learner is not None:
             folders = {cls: sample_stage(work, learner.source(cls), cls).folder.name for cls in seen}
@@ -231,7 +238,7 @@ def _run(work: Work, learner) -> Iterator[Event]:
             "of": len(tasks),
             "classes": new,
             "per_task": matrix[-1],
-            "average": metrics.average_accuracies(matrix)[-1],
+            "average": mean(matrix[-1]),
             "recognition": {str(cls): value for cls, value in recognised.items()},
             "seconds": {
                 name: round(after - before, 3)
@@ -242,6 +249,8 @@ def _run(work: Work, learner) -> Iterator[Event]:
     new_classes = everything[len(tasks[0]) :]
     losses = {cls: held_out_loss(work, learner.source(cls), cls) for cls in everything} if learner is not None else {}
     known = [losses[cls] for cls in new_classes if losses.get(cls) is not None]
+    if not matrix[-1]:
+        predicted, true = predicted[:0], true[:0]
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.long)
     confusion.index_put_((true, predicted), torch.ones_like(true), accumulate=True)
     yield {
@@ -249,8 +258,8 @@ def _run(work: Work, learner) -> Iterator[Event]:
         "preset": e.preset,
         "method": e.method,
         "seed": e.seed,
-        "LA": metrics.last_accuracy(matrix),
-        "AIA": metrics.average_incremental_accuracy(matrix),
+        "LA": metrics.last_accuracy(matrix),  # None when not scored
+        "AIA": metrics.average_incremental_accuracy(matrix),  # None unless scored after every task
         "PPC": learner.parameters_per_class if learner else 0,
         "recognition": mean(recognised[cls] for cls in new_classes) if recognised else None,
         "flow_loss": mean(known) if known else None,

@@ -262,10 +262,16 @@ class FrozenBase(WholeNetwork):
             yield from self.learn_side_by_side(group)
 
     def groups(self, task: int) -> list[list[int]]:
-        """The classes of a later task, divided into those trained side by side."""
+        """The classes of a later task, divided into those trained side by side.
+
+        With more lanes than a task has classes, those of the tasks that follow fill them: no class's result depends on
+        another. A group is then learned with the task of its first class.
+        """
         classes = self.work.tasks[task]
         lanes = self.work.experiment.lanes or len(classes)
-        return [classes[first : first + lanes] for first in range(0, len(classes), lanes)]
+        together = classes if lanes <= len(classes) else [cls for later in self.work.tasks[1:] for cls in later]
+        groups = [together[first : first + lanes] for first in range(0, len(together), lanes)]
+        return [group for group in groups if group[0] in classes]
 
     def check(self) -> None:
         with torch.device("meta"):

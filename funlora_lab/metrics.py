@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 
 
-def average_accuracies(matrix: list[list[float]]) -> list[float]:
-    """A_k = mean over j <= k of a_{k,j} (Eq. 22) for every k; ``matrix[k][j]`` is the accuracy on task j after k."""
-    return [mean(row[: k + 1]) for k, row in enumerate(matrix)]
+def average_accuracies(matrix: list[list[float] | None]) -> list[float | None]:
+    """A_k = mean over j <= k of a_{k,j} (Eq. 22) for every k; ``matrix[k][j]`` is the accuracy on task j after k.
+
+    A task after which nothing was scored has None for its row and its average.
+    """
+    return [row and mean(row) for row in matrix]
 
 
-def last_accuracy(matrix: list[list[float]]) -> float:
-    """LA = A_T (Eq. 22), in [0, 1]."""
+def last_accuracy(matrix: list[list[float] | None]) -> float | None:
+    """LA = A_T (Eq. 22), in [0, 1]; None when the last task was not scored."""
     return average_accuracies(matrix)[-1]
 
 
-def average_incremental_accuracy(matrix: list[list[float]]) -> float:
-    """AIA = mean_k A_k (Eq. 23), in [0, 1]."""
-    return mean(average_accuracies(matrix))
+def average_incremental_accuracy(matrix: list[list[float] | None]) -> float | None:
+    """AIA = mean_k A_k (Eq. 23), in [0, 1]; None unless every task was scored."""
+    averages = average_accuracies(matrix)
+    return None if None in averages else mean(averages)
 
 
 def importance(A: Tensor, B: Tensor) -> float:
@@ -26,7 +30,19 @@ def importance(A: Tensor, B: Tensor) -> float:
     return float((A - 1).abs().mean() + (B - 1).abs().mean())
 
 
+def singular_values(F: Tensor) -> Tensor:
+    """Singular values of F (..., O, I), largest first, in float64 -> (..., min(O, I))."""
+    return torch.linalg.svdvals(F.double())
+
+
 def numerical_rank(F: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Singular values of F (..., O, I) above ``tolerance`` times the largest, counted in float64 -> (...)."""
-    values = torch.linalg.svdvals(F.double())
+    values = singular_values(F)
     return (values > tolerance * values[..., :1]).sum(-1)
+
+
+def effective_rank(F: Tensor) -> Tensor:
+    """exp of the entropy of the singular values as shares (Roy & Vetterli 2007): how many count -> (...)."""
+    values = singular_values(F)
+    shares = values / values.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()

@@ -56,8 +56,9 @@ def figures(opened: OpenRun, shown: int = 10) -> dict:
                 {names[cls]: (part["images"], part["loss"]) for cls, part in losses.groupby("class")},
                 "Adapters of the later classes",
             )
-    drawn["accuracy"] = plots.accuracy_per_task({opened.experiment.method: opened.averages})
-    drawn["confusion"] = plots.confusion(opened.results["confusion"], names)
+    if opened.results["LA"] is not None:
+        drawn["accuracy"] = plots.accuracy_per_task({opened.experiment.method: opened.averages})
+        drawn["confusion"] = plots.confusion(opened.results["confusion"], names)
     return drawn
 
 

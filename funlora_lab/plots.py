@@ -13,6 +13,7 @@ from torch import Tensor
 
 INK, GRID = "#222222", "#d9d9d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
+MARKERS = "osD^v<>P"
 
 
 class Drawing(Figure):
@@ -99,7 +100,9 @@ def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Figure:
     axis = axes[0, 0]
     for i, (name, values) in enumerate(curves.items()):
         tasks = range(1, len(values) + 1)
-        axis.plot(tasks, values, marker="osD^v<>P"[i % 8], markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
+        axis.plot(
+            tasks, values, marker=MARKERS[i % len(MARKERS)], markersize=4, color=COLOURS[i % len(COLOURS)], label=name
+        )
     axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
     axis.set_xlabel("task")
     axis.set_ylabel("accuracy over classes seen")

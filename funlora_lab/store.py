@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from funlora_lab import __version__
-from funlora_lab.config import LATER, Experiment
+from funlora_lab.config import Experiment
 from funlora_lab.disk import (
     append_line,
     canonical,
@@ -210,10 +210,10 @@ class Run:
             names = set(stored)
         except (TypeError, KeyError):
             raise LabError(f"{folder}/config.json is damaged: it does not hold a run's settings.") from None
-        if unlike := names ^ {field.name for field in fields(Experiment)}:
+        if unknown := names - {field.name for field in fields(Experiment)}:
             raise LabError(
-                f"{folder} is a run of another version of funlora-lab (settings that one of them lacks: "
-                f"{', '.join(sorted(unlike))}); the same `funlora run` command makes it anew and reuses what it can."
+                f"{folder} is a run of another version of funlora-lab (settings that this one lacks: "
+                f"{', '.join(sorted(unknown))}); the same `funlora run` command makes it anew and reuses what it can."
             )
         tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         try:
@@ -274,7 +274,7 @@ class Run:
         stored, mine = read_json(self.config_file), json.loads(canonical(asdict(self.experiment)))
         if not isinstance(stored, dict) or not isinstance(stored.get("experiment"), dict):
             raise Damaged(self.config_file, f"{self.config_file} holds no configuration of a run")
-        theirs = json.loads(canonical(LATER)) | stored["experiment"]
+        theirs = json.loads(canonical(asdict(Experiment()))) | stored["experiment"]
         differing = [
             f"{key} is {theirs.get(key, 'absent')} there and {mine.get(key, 'absent')} here"
             for key in sorted(theirs.keys() | mine.keys())

@@ -187,7 +187,7 @@ def test_a_folder_that_is_no_run_of_this_version_is_refused(tmp_path, home):
     refused("{", "damaged")
     refused("[]", "damaged")
     newer = config | {"experiment": config["experiment"] | {"later": 1}}
-    refused(json.dumps(newer), r"another version .*\(settings that one of them lacks: later\)")
+    refused(json.dumps(newer), r"another version .*\(settings that this one lacks: later\)")
     bad = config | {"experiment": config["experiment"] | {"seed": -1}}
     refused(json.dumps(bad), "seed=-1")
     refused(json.dumps(config | {"experiment": config["experiment"] | {"seed": "x"}}), "wrong kind")
