@@ -17,7 +17,7 @@ from funlora_lab.config import FUNCTIONAL_METHODS, Experiment, preset
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, Velocity
-from funlora_lab.generators import FrozenBase, WholeNetwork, build_unet, generator_of
+from funlora_lab.generators import FrozenBase, WholeNetwork, build_unet
 from funlora_lab.opened import OpenRun, exhaust
 from funlora_lab.streams import stream
 from funlora_lab.unet import conv_layers
@@ -27,7 +27,7 @@ MEASURES = ("change of the weights", "importance (Eq. 20)", "rank of F")
 
 @dataclass(frozen=True)
 class FunctionView:
-    """A (O,), B (I,), F (O, I), its singular values, their number above 1e-6 of the largest, and the formula's bound."""
+    """A (O,), B (I,), F (O, I), its singular values, how many exceed 1e-6 of the largest, the formula's bound."""
 
     method: str
     A: Tensor
@@ -94,13 +94,11 @@ def new_classes(opened: OpenRun) -> list[int]:
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def learner_after(opened: OpenRun, task: int) -> WholeNetwork:
-    """The run's generator as it stood after ``task`` (counted from 1), read back from its stored stages."""
-    learner = generator_of(opened.work)
+def generator_after(opened: OpenRun, task: int) -> WholeNetwork:
+    """The run's generator as it stood after ``task`` (counted from 1); raises LabError when its method has none."""
+    learner = opened.learner_after(task)
     if learner is None:
         raise LabError(f"The method {opened.experiment.method} draws no images: choose a run of another method.")
-    for k in range(task):
-        exhaust(learner.learn(k))
     return learner
 
 
@@ -122,7 +120,7 @@ def across_tasks(opened: OpenRun, cls: int, count: int, solver: Solver, seed: in
     x0 = starting_noise(opened.experiment, cls, count, seed)
     device = opened.runtime.device
     return {
-        f"after task {k}": images_of(learner_after(opened, k).source(cls).velocity(), x0, solver, device)
+        f"after task {k}": images_of(generator_after(opened, k).source(cls).velocity(), x0, solver, device)
         for k in range(first, len(opened.tasks) + 1)
     }
 
@@ -276,7 +274,7 @@ def layer_values(opened: OpenRun, measure: str) -> pd.DataFrame:
 
 @torch.no_grad()
 def layer_table(opened: OpenRun, layer: int) -> pd.DataFrame:
-    """One line a class: rank of F, share of the largest singular value, and the means of what it learned for a layer."""
+    """One line a class: rank of F, share of the largest singular value, means of what it learned for a layer."""
     lines = {}
     for cls in new_classes(opened):
         numbers = layer_numbers(opened, cls, layer)

@@ -131,7 +131,8 @@ def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") 
 def svg(width: float, height: float, parts: Sequence[str], words: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}" font-size="12">{"".join(parts)}</svg>'
+        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}" font-size="12">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -96,7 +96,9 @@ def compare_tasks(opened: OpenRun, classes: Sequence[int], count: int, solver: S
     """Each class's images from the same noise after every task that knows it, with the bit-identical badge."""
     return Markup(
         "".join(
-            same_noise(f"class {opened.classes[cls]}", explore.across_tasks(opened, cls, count, solver, seed), "to date")
+            same_noise(
+                f"class {opened.classes[cls]}", explore.across_tasks(opened, cls, count, solver, seed), "to date"
+            )
             for cls in classes
         )
     )
@@ -221,7 +223,9 @@ def unet_picture(layers: Sequence[Layer], values: dict[int, float], title: str, 
             r, g, b = markup.coloured(np.array([[value]]), low, high, "viridis")[0, 0]
             colour = f"#{r:02x}{g:02x}{b:02x}"
         small = 6 if layer.kernel == 1 else 0
-        words = f"{layer.index}: {layer.name}, {layer.inputs} → {layer.outputs} channels, {layer.kernel} × {layer.kernel}"
+        words = (
+            f"{layer.index}: {layer.name}, {layer.inputs} → {layer.outputs} channels, {layer.kernel} × {layer.kernel}"
+        )
         words += f", {value:.3g}" if value is not None else ", not adapted"
         edge = ORANGE if layer.index == chosen else "none"
         parts.append(svg_box(x + 1, y + small, wide - 3, 32 - 2 * small, colour, words, edge))
