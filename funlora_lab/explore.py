@@ -264,6 +264,8 @@ def layer_values(opened: OpenRun, measure: str) -> pd.DataFrame:
                 continue
             numbers = layer_numbers(opened, cls, index)
             if measure == MEASURES[1]:
+                if not {"A", "B"} <= numbers.keys():
+                    raise LabError(f"The method {e.method} has no A and B: choose another measure.")
                 values.append(metrics.importance(numbers["A"], numbers["B"]))
             else:
                 F = adapters.functional_matrix(e, {key: value[None] for key, value in numbers.items()})
@@ -278,7 +280,9 @@ def layer_table(opened: OpenRun, layer: int) -> pd.DataFrame:
     lines = {}
     for cls in new_classes(opened):
         numbers = layer_numbers(opened, cls, layer)
-        line = {"importance": metrics.importance(numbers["A"], numbers["B"])}
+        line = {"numbers": sum(value.numel() for value in numbers.values())}
+        if {"A", "B"} <= numbers.keys():
+            line["importance"] = metrics.importance(numbers["A"], numbers["B"])
         if opened.experiment.method in FUNCTIONAL_METHODS:
             view = function_view(opened.experiment.method, numbers, opened.experiment.ratio)
             line |= {

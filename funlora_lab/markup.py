@@ -25,6 +25,7 @@ STYLE = """<style>
 .funlora img{border-radius:4px;vertical-align:middle}
 .funlora img.pixels{image-rendering:pixelated}
 .funlora img.figure{background:#fff;border-radius:8px;padding:4px;max-width:100%}
+.funlora-card{border-radius:8px}
 .funlora svg{max-width:100%;height:auto}
 .funlora svg text{fill:currentColor}
 .funlora .soft{color:var(--jp-content-font-color2,#555)}

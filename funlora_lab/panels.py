@@ -268,5 +268,6 @@ def layer_spectra(opened: OpenRun, layer: int, classes: Sequence[int]) -> Figure
     ponderation.set(title="ponderations", xlabel="function")
     frequency.set(title="frequencies or exponents", xlabel="function")
     spectrum.set(title="singular values of F", xlabel="number")
-    spectrum.legend(frameon=False, fontsize=7, ncols=2, title="class", title_fontsize=7)
+    if spectrum.lines:
+        spectrum.legend(frameon=False, fontsize=7, ncols=2, title="class", title_fontsize=7)
     return figure

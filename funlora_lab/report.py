@@ -100,7 +100,8 @@ def summary(opened: OpenRun) -> pd.DataFrame:
 
 def accuracy_table(opened: OpenRun) -> pd.DataFrame:
     """a_{k,j} of Eq. 22: one line a task k, one column a task j, and their mean A_k."""
-    matrix = opened.results["accuracy"]
+    tasks = range(len(opened.tasks))
+    matrix = [[line[j] if j < len(line) else None for j in tasks] for line in opened.results["accuracy"]]
     names = [" ".join(opened.classes[cls] for cls in classes) for classes in opened.tasks]
     heads = [
         f"{j}: {name if len(name) < 25 else f'{len(opened.tasks[j - 1])} classes'}" for j, name in enumerate(names, 1)
