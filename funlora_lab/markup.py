@@ -20,6 +20,7 @@ STYLE = """<style>
  font-size:13px;line-height:1.45}
 .funlora table{border-collapse:collapse;margin:4px 0;color:inherit;font-size:inherit}
 .funlora th,.funlora td{padding:2px 9px;text-align:right;border-bottom:1px solid var(--jp-border-color2,#ccc)}
+.funlora .wide{overflow-x:auto}.funlora .wide td,.funlora .wide th{white-space:nowrap}
 .funlora th:first-child,.funlora td:first-child{text-align:left}
 .funlora table.sheet td,.funlora table.sheet th{border:0;padding:2px 6px;text-align:left;vertical-align:middle}
 .funlora img{border-radius:4px;vertical-align:middle}
@@ -99,8 +100,9 @@ def sheet(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
 
 
 def table(frame: pd.DataFrame, digits: int = 4) -> str:
-    """A data frame as an HTML table, numbers with ``digits`` decimals, missing ones as a dash."""
-    return frame.to_html(border=0, float_format=f"{{:.{digits}f}}".format, na_rep="–", index_names=False)
+    """A data frame as an HTML table that scrolls sideways; numbers with ``digits`` decimals, missing ones as a dash."""
+    html = frame.to_html(border=0, float_format=f"{{:.{digits}f}}".format, na_rep="–", index_names=False)
+    return f'<div class="wide">{html}</div>'
 
 
 def badge(good: bool, words: str) -> str:

@@ -78,12 +78,12 @@ def function_picture(view: FunctionView) -> Markup:
     return Markup(markup.svg(x0 + chart + 10, top + side + 28, parts, f"{view.method}: rank {view.rank}"))
 
 
-def same_noise(title: str, columns: dict[str, Tensor], claim: str) -> str:
+def same_noise(title: str, columns: dict[str, Tensor]) -> str:
     """One line of images a column name, and a badge saying whether all are equal bit for bit; HTML."""
     images = list(columns.values())
     same = explore.identical(images)
     changed = max((explore.drift(images[0], other) for other in images[1:]), default=0.0)
-    words = f"bit-identical {claim}" if same else f"they differ {claim}: by {changed:.1f} of 255 on average at most"
+    words = "bit-identical" if same else f"not identical: up to {changed:.1f} of 255 apart on average"
     rows = [
         [name, markup.picture(markup.row_of_images(drawn), markup.scale_for(drawn), f"{title}, {name}")]
         for name, drawn in columns.items()
@@ -94,26 +94,20 @@ def same_noise(title: str, columns: dict[str, Tensor], claim: str) -> str:
 
 def compare_tasks(opened: OpenRun, classes: Sequence[int], count: int, solver: Solver, seed: int) -> Markup:
     """Each class's images from the same noise after every task that knows it, with the bit-identical badge."""
-    return Markup(
-        "".join(
-            same_noise(
-                f"class {opened.classes[cls]}", explore.across_tasks(opened, cls, count, solver, seed), "to date"
-            )
-            for cls in classes
-        )
+    parts = (
+        same_noise(f"class {opened.classes[cls]}", explore.across_tasks(opened, cls, count, solver, seed))
+        for cls in classes
     )
+    return Markup("".join(parts))
 
 
 def compare_runs(runs: Sequence[OpenRun], classes: Sequence[int], count: int, solver: Solver, seed: int) -> Markup:
     """Each class's images from the same noise in several runs or methods."""
-    return Markup(
-        "".join(
-            same_noise(
-                f"class {runs[0].classes[cls]}", explore.across_runs(runs, cls, count, solver, seed), "between runs"
-            )
-            for cls in classes
-        )
+    parts = (
+        same_noise(f"class {runs[0].classes[cls]}", explore.across_runs(runs, cls, count, solver, seed))
+        for cls in classes
     )
+    return Markup("".join(parts))
 
 
 def sample_sheet(opened: OpenRun, classes: Sequence[int], count: int, solver: Solver, seed: int) -> Markup:

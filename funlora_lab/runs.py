@@ -62,9 +62,9 @@ def table(where: Path | None = None) -> pd.DataFrame:
         if settings.keys() != {field.name for field in dataclasses.fields(Experiment)}:
             state = "other version"
         line = {name: settings.get(name) for name in ("preset", "method", "seed")}
-        line |= {"run": config.parent.name, "state": state, "started": started[:19].replace("T", " ")}
+        line |= {"run": config.parent.name, "state": state, "started": started[:16].replace("T", " ")}
         lines.append(line | {name: results.get(name) for name in COLUMNS[5:11]})
-    frame = pd.DataFrame(lines, columns=list(COLUMNS))
+    frame = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"seed": "Int64", "PPC": "Int64"})
     return frame.sort_values("started", ascending=False, kind="stable").reset_index(drop=True)
 
 

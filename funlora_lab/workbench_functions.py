@@ -13,6 +13,8 @@ from funlora_lab.opened import OpenRun
 from funlora_lab.workbench_parts import Panel, control, row
 
 MOST = 12  # functions that have sliders
+REACH = 8.0  # of a slider, farther when its number lies farther
+START = -1  # in place of a class: the numbers that training starts from
 SIZES = (8, 16, 32, 64, 128)
 LABELS = {
     "funlora": "cosine, frequencies learned (FunLoRA)",
@@ -25,9 +27,9 @@ LABELS = {
 
 
 def _slider(number: int) -> widgets.FloatSlider:
-    layout = widgets.Layout(width="46px", height="120px")
+    layout = widgets.Layout(width="46px", height="170px")
     settings = {"orientation": "vertical", "readout_format": ".1f", "layout": layout}
-    return widgets.FloatSlider(value=0.0, min=-10.0, max=20.0, step=0.1, description=str(number), **settings)
+    return widgets.FloatSlider(value=0.0, min=-REACH, max=REACH, step=0.1, description=str(number), **settings)
 
 
 def _sliders() -> list[widgets.FloatSlider]:
@@ -51,8 +53,8 @@ class FunctionsPanel(Panel):
             widgets.FloatSlider, "spread of A and B about 1", 0.3, "340px", min=0.0, max=1.0, step=0.01
         )
         self.seed = control(widgets.BoundedIntText, "seed", 0, "120px", min=0, max=10**6)
-        self.source = control(widgets.Dropdown, "numbers", None, "240px", options=[("as training starts", None)])
-        self.layer = control(widgets.Dropdown, "layer", None, "120px", options=[("–", None)])
+        self.source = control(widgets.Dropdown, "numbers", START, "240px", options=[("as training starts", START)])
+        self.layer = control(widgets.Dropdown, "layer", START, "120px", options=[("–", START)])
         self._offer_learned()
         self.ponderations, self.frequencies = _sliders(), _sliders()
         self.exponents_name = widgets.HTML()
@@ -79,14 +81,14 @@ class FunctionsPanel(Panel):
         if self.opened.experiment.method not in FUNCTIONAL_METHODS:
             return
         classes = [(f"learned by class {self.opened.classes[c]}", c) for c in explore.new_classes(self.opened)]
-        self.source.options = [("as training starts", None), *classes]
+        self.source.options = [("as training starts", START), *classes]
         layers = list(explore.adapted_layers(self.opened))
         self.layer.options = layers
         self.layer.value = layers[0]
 
     def _numbers(self) -> dict:
         """One layer's numbers as the settings say, before the sliders are touched."""
-        if self.source.value is not None:
+        if self.source.value != START:
             if self.method.value != self.opened.experiment.method:
                 raise LabError(
                     f"The run learned its numbers with {LABELS[self.opened.experiment.method]}: choose that."
@@ -106,7 +108,7 @@ class FunctionsPanel(Panel):
 
     def reset(self) -> None:
         """Take the numbers that the settings say, set the sliders to them, and draw."""
-        learned = self.source.value is not None
+        learned = self.source.value != START
         if learned:
             with self.quietly():
                 self.method.value = self.opened.experiment.method
@@ -134,10 +136,12 @@ class FunctionsPanel(Panel):
             there = values is not None and i < len(values)
             slider.layout.display = "" if there else "none"
             if there:
-                slider.value = float(values[i])
+                value = float(values[i])
+                slider.min, slider.max = min(-REACH, value), max(REACH, value)
+                slider.value = value
 
     def numbers(self) -> dict:
-        """One layer's numbers as the sliders say; what lies outside a slider's reach stays as it was."""
+        """One layer's numbers as the sliders say; one that was not moved keeps its every digit."""
         numbers = dict(self._row)
         for name, sliders in (("ponderation", self.ponderations), (self._exponent(), self.frequencies)):
             if name in numbers:

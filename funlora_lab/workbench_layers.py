@@ -39,7 +39,8 @@ class LayersPanel(Panel):
             row(self.measure, self.of_class, self.layer),
             self.picture,
             widgets.Box(tuple(self.buttons.values()), layout=widgets.Layout(flex_flow="row wrap")),
-            row(self.compared, self.spectra),
+            self.compared,
+            self.spectra,
             self.table,
         ]
         self.on_change(self.redraw, self.measure, self.of_class, self.layer)

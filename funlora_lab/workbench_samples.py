@@ -61,8 +61,8 @@ class SamplesPanel(Panel):
         self.bent_class = control(widgets.Dropdown, "class", new[0][1], "140px", options=new)
         self.bent_layer = control(widgets.SelectionSlider, "layer", layers[0], options=layers, continuous_update=False)
         self.number = control(widgets.Dropdown, "what", numbers[0], "180px", options=numbers)
-        entries = [("all of them", None)] + [(f"number {i + 1}", i) for i in range(self.opened.experiment.functions)]
-        self.which = control(widgets.Dropdown, "which", None, "180px", options=entries)
+        entries = [("all of them", -1)] + [(f"number {i + 1}", i) for i in range(self.opened.experiment.functions)]
+        self.which = control(widgets.Dropdown, "which", -1, "180px", options=entries)
         settings = {"min": -1.0, "max": 3.0, "step": 0.05, "continuous_update": False}
         self.factor = control(widgets.FloatSlider, "times", 1.0, "320px", **settings)
         self.sweep_button = button("Sweep", lambda: self.bend(FACTORS), "bars")
@@ -129,7 +129,8 @@ class SamplesPanel(Panel):
 
     def bend(self, factors: tuple[float, ...]) -> None:
         settings = (self.count.value, self.chosen_solver, self.seed.value)
-        what = (self.bent_class.value, self.bent_layer.value, self.number.value, self.which.value)
+        which = None if self.which.value < 0 else self.which.value
+        what = (self.bent_class.value, self.bent_layer.value, self.number.value, which)
         self.show(lambda: panels.scale_strip(self.opened, *what, factors, *settings), self.bent)
 
     def mix(self, shares: tuple[float, ...]) -> None:

@@ -5,6 +5,7 @@ python tests/browsing.py FOLDER [PRESET]     writes FOLDER/<panel>-<theme>.png, 
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ FLAGS = (
 ).split()
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 PANELS = ("functions", "samples", "layers", "runs", "own_class", "report")
+THEMES = ("Light", "Dark")
 PATIENCE = 120_000  # milliseconds
 
 
@@ -102,7 +104,7 @@ def _token(folder: Path, server: subprocess.Popen) -> str:
 
 
 @contextmanager
-def page_of(width: int = 1400, height: int = 1000, **settings):
+def page_of(width: int = 1500, height: int = 1000, **settings):
     """A page of a headless Chromium."""
     from playwright.sync_api import sync_playwright
 
@@ -130,6 +132,11 @@ def panel(page, name: str):
     return cells.filter(has=page.locator(".cm-content", has_text=f"bench.{name}")).first.locator(".jp-OutputArea")
 
 
+def press(part, words: str) -> None:
+    """Click the button that bears exactly these words (its icon may stand before them)."""
+    part.locator("button", has_text=re.compile(rf"^\s*{re.escape(words)}$")).first.click()
+
+
 def screenshots(target: Path, preset: str) -> None:
     """Every panel in use, in JupyterLab's light and dark theme."""
     import tempfile
@@ -137,14 +144,14 @@ def screenshots(target: Path, preset: str) -> None:
     from funlora_lab.store import home
 
     target.mkdir(parents=True, exist_ok=True)
-    for theme in ("Light", "Dark"):
+    for theme in THEMES:
         with tempfile.TemporaryDirectory() as work, jupyterlab(Path(work), home(), preset, f"JupyterLab {theme}") as at:
-            with page_of() as page:
+            with page_of(height=2600) as page:
                 run_all(page, at)
                 _use(page)
                 for name in PANELS:
                     panel(page, name).screenshot(path=target / f"{name}-{theme.lower()}.png")
-                page.locator(".jp-Notebook h2", has_text="1. Functions").scroll_into_view_if_needed()
+                page.set_viewport_size({"width": 1500, "height": 1000})
                 page.screenshot(path=target / f"page-{theme.lower()}.png")
 
 
@@ -153,9 +160,9 @@ def _use(page) -> None:
     samples = panel(page, "samples")
     samples.locator("select").first.select_option(index=[0, 3, 8])
     samples.locator("select").nth(1).select_option(index=1)
-    samples.get_by_role("button", name="Draw", exact=True).click()
+    press(samples, "Draw")
     samples.get_by_text("Done.").wait_for()
-    for sweep in samples.get_by_role("button", name="Sweep").all():
+    for sweep in samples.locator("button", has_text="Sweep").all():
         sweep.click()
     samples.locator("img.pixels").nth(20).wait_for()
     own = panel(page, "own_class")
@@ -163,12 +170,12 @@ def _use(page) -> None:
         for i in range(8):
             own.locator(f"button[title='row {i + 1}, column {(i + shift) % 8 + 1}']").click()
             own.locator(f"button[title='row {i + 1}, column {(7 - i + shift) % 8 + 1}']").click()
-        own.get_by_role("button", name="Add the drawing").click()
+        press(own, "Add the drawing")
         own.get_by_text(f"{shift + 1} drawing").first.wait_for()
-    own.get_by_role("button", name="Train the class").click()
+    press(own, "Train the class")
     own.get_by_text("Accuracy on real test images").wait_for()
     report = panel(page, "report")
-    report.get_by_role("button", name="Write the report").click()
+    press(report, "Write the report")
     report.get_by_text("Save a copy").wait_for()
 
 

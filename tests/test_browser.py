@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from browsing import jupyterlab, missing, page_of, panel, run_all
+from browsing import jupyterlab, missing, page_of, panel, press, run_all
 
 from funlora_lab import report, runs
 from funlora_lab.config import preset
@@ -63,7 +63,7 @@ def draws_samples(page):
     samples = panel(page, "samples")
     samples.locator("select").first.select_option(index=[0, 6])
     samples.locator("select").nth(1).select_option(index=1)
-    samples.get_by_role("button", name="Draw", exact=True).click()
+    press(samples, "Draw")
     samples.get_by_text("Done.").wait_for()
     assert samples.get_by_text("bit-identical").count() == 2
     assert samples.locator("img.pixels").first.evaluate("image => image.naturalWidth") > 8
@@ -74,9 +74,9 @@ def starts_and_stops_a_run(page, home):
     started.get_by_label("seed", exact=True).fill("5")
     started.get_by_label("settings", exact=True).fill("adapter_images=160000")
     started.get_by_label("settings", exact=True).press("Tab")
-    started.get_by_role("button", name="Start", exact=True).click()
+    press(started, "Start")
     started.get_by_text(re.compile("adapter of class .*, step")).wait_for()
-    started.get_by_role("button", name="Stop the chosen").click()
+    press(started, "Stop the chosen")
     started.get_by_text(re.compile("same command resumes")).wait_for()
     frame = runs.table(home).set_index("seed")
     assert frame.loc[5, "state"] == "unfinished"
@@ -87,13 +87,13 @@ def exports_a_class(page, home):
     for shift in (0, 1):
         for i in range(8):
             own.locator(f"button[title='row {i + 1}, column {(i + shift) % 8 + 1}']").click()
-        own.get_by_role("button", name="Add the drawing").click()
+        press(own, "Add the drawing")
         own.get_by_text(f"{shift + 1} drawing").first.wait_for()
     own.get_by_label("name of the class").fill("stroke")
     own.get_by_label("name of the class").press("Tab")
-    own.get_by_role("button", name="Train the class").click()
+    press(own, "Train the class")
     own.get_by_text("Accuracy on real test images").wait_for()
-    own.get_by_role("button", name="Export as a file").click()
+    press(own, "Export as a file")
     own.get_by_text("Written:").wait_for()
     assert list(home.rglob("*stroke*.safetensors"))
 
