@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from funlora_lab import adapters, continual, flow, functions, metrics
+from funlora_lab import adapters, flow, functions, metrics
 from funlora_lab import classifier as classifiers
 from funlora_lab.adapters import LABEL, Row
 from funlora_lab.config import FUNCTIONAL_METHODS, Experiment, preset
@@ -18,7 +18,7 @@ from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, Velocity
 from funlora_lab.generators import FrozenBase, WholeNetwork, build_unet
-from funlora_lab.opened import OpenRun, exhaust
+from funlora_lab.opened import OpenRun
 from funlora_lab.streams import stream
 from funlora_lab.unet import conv_layers
 
@@ -81,14 +81,17 @@ def _listed(values) -> str:
 
 def adapted_layers(opened: OpenRun) -> dict[int, str]:
     """Index among all convolutions -> name, of the layers that the run's method adapts."""
-    if not isinstance(opened.learner, FrozenBase) or not opened.adapters.layers:
+    if not isinstance(opened.learner, FrozenBase):
         raise LabError(f"The method {opened.experiment.method} adapts no layers: choose a run of an adapter method.")
-    return {i: name for i, name in enumerate(conv_layers(opened.network)) if name in opened.adapters.layers}
+    layers = {i: name for i, name in enumerate(conv_layers(opened.network)) if name in opened.adapters.layers}
+    if not layers:
+        raise LabError(f"The method {opened.experiment.method} adapts no convolutions: choose a run of another method.")
+    return layers
 
 
 def new_classes(opened: OpenRun) -> list[int]:
-    """The classes after task 1, in the order they were learned."""
-    return [cls for classes in opened.tasks[1:] for cls in classes]
+    """The classes with a row of their own: those learned after task 1, then those imported."""
+    return list(opened.learner.rows)
 
 
 # --- images -------------------------------------------------------------------------------------------------------
@@ -116,7 +119,9 @@ def images_of(velocity: Velocity, x0: Tensor, solver: Solver, device: torch.devi
 
 def across_tasks(opened: OpenRun, cls: int, count: int, solver: Solver, seed: int) -> dict[str, Tensor]:
     """Images of a class from the same noise after every task that knows it; each task's generator is loaded afresh."""
-    first = next(k for k, classes in enumerate(opened.tasks, 1) if cls in classes)
+    first = next((k for k, classes in enumerate(opened.tasks, 1) if cls in classes), None)
+    if first is None:
+        raise LabError(f"Class {opened.known[cls]} was imported: it belongs to no task of this run.")
     x0 = starting_noise(opened.experiment, cls, count, seed)
     device = opened.runtime.device
     return {
@@ -195,9 +200,7 @@ def images_of_rows(opened: OpenRun, rows: Sequence[Row], x0: Tensor, solver: Sol
 def judged(opened: OpenRun, images: Tensor) -> list[str]:
     """What the run's classifier trained on the real images of all classes takes uint8 images for: class names."""
     everything = [cls for classes in opened.tasks for cls in classes]
-    real = opened.work.dataset.train.of(everything)
-    net, *_ = exhaust(continual.train_classifier(opened.work, everything, real, {"real": everything}))
-    return [opened.classes[everything[i]] for i in classifiers.predict(net, images).tolist()]
+    return [opened.classes[everything[i]] for i in classifiers.predict(opened.judge, images).tolist()]
 
 
 def drift(before: Tensor, after: Tensor) -> float:
@@ -270,7 +273,7 @@ def layer_values(opened: OpenRun, measure: str) -> pd.DataFrame:
             else:
                 F = adapters.functional_matrix(e, {key: value[None] for key, value in numbers.items()})
                 values.append(int(metrics.numerical_rank(F)[0]))
-        result[opened.classes[cls]] = values
+        result[opened.known[cls]] = values
     return pd.DataFrame.from_dict(result, orient="index", columns=list(layers)).rename_axis("class")
 
 
@@ -294,5 +297,5 @@ def layer_table(opened: OpenRun, layer: int) -> pd.DataFrame:
         for name in ("ponderation", "frequency", "exponent"):
             if name in numbers:
                 line[f"mean |{name}|"] = numbers[name].abs().mean().item()
-        lines[opened.classes[cls]] = line
+        lines[opened.known[cls]] = line
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("class")

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from funlora_lab import continual
+from funlora_lab import classfiles, continual
 from funlora_lab.data import Dataset, Images
 from funlora_lab.errors import LabError
+from funlora_lab.folders import read_picture
 from funlora_lab.generators import FrozenBase, Work
 from funlora_lab.opened import OpenRun
 from funlora_lab.sampling import draw
+from funlora_lab.store import make_folder, write_atomically
 from funlora_lab.training import Event, Runtime
 
 LEAST = 2  # images of a class: one to learn from and one to be scored on
@@ -44,20 +44,6 @@ def images_in(folder: Path | str, size: int, channels: int) -> Tensor:
     if not pictures:
         raise LabError(f"{folder} holds no picture: accepted is at least {LEAST} pictures of one class.")
     return torch.stack(pictures)
-
-
-def read_picture(path: Path, size: int, channels: int) -> Tensor:
-    """The central square of one picture, uint8 (C, size, size)."""
-    from PIL import ImageOps
-
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(
-                image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC
-            )
-            return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError, ValueError) as reason:
-        raise LabError(f"{path} cannot be read as a picture ({reason}); mend or remove it.") from None
 
 
 def shifted(images: Tensor) -> Tensor:
@@ -116,22 +102,28 @@ def learn(
     learner.rows, learner.keys = dict(old.rows), dict(old.keys)
     yield from learner.learn_side_by_side([cls])
 
-    everything = [c for classes in work.tasks for c in classes]
-    samples, keys = {}, {}
-    for c in everything:
-        source = learner.source(c)
+    known = {*learner.labels, *learner.rows}  # without classes that were taken out of the run
+    everything = [c for classes in work.tasks for c in classes if c in known]
+    samples, sources = {}, {c: learner.source(c) for c in everything}
+    for c, source in sources.items():
         stage = continual.sample_stage(work, source, c)
-        count = experiment.samples_per_class
-        samples[c], _ = yield from draw(stage, source.velocity, experiment, c, count, runtime)
-        keys[str(c)] = stage.key
-    synthetic = Images(
-        torch.cat([samples[c] for c in everything]),
-        torch.cat([torch.full((len(samples[c]),), c) for c in everything]),
-    )
-    origin = {"samples": keys, "count": experiment.samples_per_class}
-    _, predicted, true = yield from continual.train_classifier(work, everything, synthetic, origin)
+        samples[c], _ = yield from draw(stage, source.velocity, experiment, c, experiment.samples_per_class, runtime)
+    drawn, origin = continual.synthetic(work, sources, samples)
+    _, predicted, true = yield from continual.train_classifier(work, everything, drawn, origin)
     after = {dataset.classes[c]: (predicted == true)[true == c].float().mean().item() for c in everything}
     return OwnClass(name, cls, learner, samples[cls], accuracies(opened), after)
+
+
+def export(opened: OpenRun, learned: OwnClass) -> Path:
+    """Write the class as a file that ``funlora import`` brings into any run over the same base; returns its path."""
+    folder = opened.run.folder / "exported"
+    make_folder(folder)
+    word = "".join(letter if letter.isalnum() else "-" for letter in learned.name)[:40]
+    path = folder / f"{learned.cls}-{word}.safetensors"
+    base = classfiles.base_fingerprint(opened.network)
+    row, adapters = learned.learner.rows[learned.cls], opened.adapters
+    write_atomically(path, classfiles.content(adapters, row, base, learned.cls, learned.name))
+    return path
 
 
 def accuracies(opened: OpenRun) -> dict[str, float]:

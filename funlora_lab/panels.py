@@ -95,7 +95,7 @@ def same_noise(title: str, columns: dict[str, Tensor]) -> str:
 def compare_tasks(opened: OpenRun, classes: Sequence[int], count: int, solver: Solver, seed: int) -> Markup:
     """Each class's images from the same noise after every task that knows it, with the bit-identical badge."""
     parts = (
-        same_noise(f"class {opened.classes[cls]}", explore.across_tasks(opened, cls, count, solver, seed))
+        same_noise(f"class {opened.known[cls]}", explore.across_tasks(opened, cls, count, solver, seed))
         for cls in classes
     )
     return Markup("".join(parts))
@@ -104,7 +104,7 @@ def compare_tasks(opened: OpenRun, classes: Sequence[int], count: int, solver: S
 def compare_runs(runs: Sequence[OpenRun], classes: Sequence[int], count: int, solver: Solver, seed: int) -> Markup:
     """Each class's images from the same noise in several runs or methods."""
     parts = (
-        same_noise(f"class {runs[0].classes[cls]}", explore.across_runs(runs, cls, count, solver, seed))
+        same_noise(f"class {runs[0].known[cls]}", explore.across_runs(runs, cls, count, solver, seed))
         for cls in classes
     )
     return Markup("".join(parts))
@@ -115,7 +115,7 @@ def sample_sheet(opened: OpenRun, classes: Sequence[int], count: int, solver: So
     rows = []
     for cls in classes:
         (drawn,) = explore.across_runs([opened], cls, count, solver, seed).values()
-        name = opened.classes[cls]
+        name = opened.known[cls]
         known = explore.judged(opened, drawn).count(name)
         image = markup.picture(markup.row_of_images(drawn), markup.scale_for(drawn), f"samples of class {name}")
         rows.append([f"<b>{name}</b>", image, f"{known} of {count} recognised"])
@@ -187,7 +187,7 @@ def mix_strip(
     rows = [one] + [explore.mixed(one, other, share) for share in shares]
     x0 = explore.starting_noise(opened.experiment, first, count, seed)
     start, *images = explore.images_of_rows(opened, rows, x0, solver)
-    names = [f"{1 - s:.0%} {opened.classes[first]} + {s:.0%} {opened.classes[second]}" for s in shares]
+    names = [f"{1 - s:.0%} {opened.known[first]} + {s:.0%} {opened.known[second]}" for s in shares]
     return labelled_strip(opened, names, images, start)
 
 
@@ -251,7 +251,7 @@ def layer_spectra(opened: OpenRun, layer: int, classes: Sequence[int]) -> Figure
     ponderation, frequency, spectrum = axes[0]
     for i, cls in enumerate(classes):
         numbers = explore.layer_numbers(opened, cls, layer)
-        style = {"color": plots.COLOURS[i % len(plots.COLOURS)], "label": opened.classes[cls], "markersize": 3}
+        style = {"color": plots.COLOURS[i % len(plots.COLOURS)], "label": opened.known[cls], "markersize": 3}
         if opened.experiment.method in FUNCTIONAL_METHODS:
             view = explore.function_view(opened.experiment.method, numbers, opened.experiment.ratio)
             spectrum.semilogy(range(1, len(view.singular) + 1), view.singular.clamp_min(1e-12), "-", **style)

@@ -80,7 +80,7 @@ class FunctionsPanel(Panel):
         """Offer the numbers that the run's classes learned, where its method has functions."""
         if self.opened.experiment.method not in FUNCTIONAL_METHODS:
             return
-        classes = [(f"learned by class {self.opened.classes[c]}", c) for c in explore.new_classes(self.opened)]
+        classes = [(f"learned by class {self.opened.known[c]}", c) for c in explore.new_classes(self.opened)]
         self.source.options = [("as training starts", START), *classes]
         layers = list(explore.adapted_layers(self.opened))
         self.layer.options = layers

@@ -27,7 +27,7 @@ class LayersPanel(Panel):
             self.children = [self.picture]
             return
         new = explore.new_classes(opened)
-        names = [opened.classes[cls] for cls in new]
+        names = [opened.known[cls] for cls in new]
         self.measure = control(widgets.Dropdown, "colour", MEASURES[0], "280px", options=MEASURES)
         self.of_class = control(widgets.Dropdown, "class", MEAN, "200px", options=[MEAN, *names])
         self.layer = control(widgets.SelectionSlider, "layer", layers[0], "420px", options=layers)

@@ -24,7 +24,7 @@ class SamplesPanel(Panel):
     def __init__(self, opened: OpenRun):
         super().__init__()
         self.opened = opened
-        names = [(name, cls) for cls, name in enumerate(opened.classes)]
+        names = [(name, cls) for cls, name in opened.known.items()] or [("–", 0)]
         e = opened.experiment
         self.classes = control(widgets.SelectMultiple, "classes", (names[0][1],), "170px", options=names, rows=6)
         self.view = control(widgets.Dropdown, "show", VIEWS[0], "320px", options=VIEWS)
@@ -55,8 +55,8 @@ class SamplesPanel(Panel):
             layers = list(explore.adapted_layers(self.opened))
         except LabError as reason:
             return [widgets.HTML(f"<i>{reason}</i>")]
-        new = [(self.opened.classes[cls], cls) for cls in explore.new_classes(self.opened)]
-        every = [(name, cls) for cls, name in enumerate(self.opened.classes)]
+        new = [(self.opened.known[cls], cls) for cls in explore.new_classes(self.opened)]
+        every = [(name, cls) for cls, name in self.opened.known.items()]
         numbers = sorted(explore.layer_numbers(self.opened, new[0][1], layers[0]), key=lambda name: name[-1] in "AB")
         self.bent_class = control(widgets.Dropdown, "class", new[0][1], "140px", options=new)
         self.bent_layer = control(widgets.SelectionSlider, "layer", layers[0], options=layers, continuous_update=False)
@@ -116,7 +116,7 @@ class SamplesPanel(Panel):
         drawn = ""
         for i, cls in enumerate(classes):
             self.job.runtime.check()
-            self.job.tell(i / len(classes), f"Drawing class {self.opened.classes[cls]}.")
+            self.job.tell(i / len(classes), f"Drawing class {self.opened.known[cls]}.")
             drawn += make(what, [cls], *settings).html
             self.picture.value = str(Markup(drawn))
 

@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from funlora_lab import explore, markup, metrics, ownclass, panels, runs
 from funlora_lab.config import FUNCTIONAL_METHODS, SOLVERS, preset
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
-from funlora_lab.opened import open_run
+from funlora_lab.opened import OpenRun, open_run
 from funlora_lab.plots import tile
+from funlora_lab.store import Run, read_lines, read_tensors
 
 widgets = pytest.importorskip("ipywidgets")
 from funlora_lab import workbench  # noqa: E402
@@ -440,39 +442,49 @@ def test_a_drawn_class_is_trained_shown_and_scored(bench, opened):
     assert learned.before == pytest.approx(ownclass.accuracies(opened))
     assert np.array_equal(markup.pixels_of(panel.picture.value)[0], sheet(learned.samples[:12]))
     assert opened.results["accuracy"] == before, "the run itself is untouched"
-    row = learned.learner.rows[learned.cls]
+    panel.export_button.click()
+    assert "Written:" in panel.exported.value
+    (path,) = (opened.run.folder / "exported").glob("*-cross.safetensors")
+    shutil.copytree(opened.run.folder, opened.run.folder.with_name("a-copy"))
+    other = OpenRun(Run.at(opened.run.folder.with_name("a-copy")), opened.runtime)
+    assert other.import_class(path) == learned.cls
+    assert other.known[learned.cls] == "cross"
+    row = other.row(learned.cls)
+    assert all(torch.equal(value, learned.learner.rows[learned.cls][name]) for name, value in row.items())
     assert any(not torch.equal(value, opened.adapters.start(learned.cls)[name]) for name, value in row.items())
 
 
-def test_training_stops_at_once_and_goes_on_later(bench):
+def test_training_stops_at_once_and_goes_on_later(bench, home):
     panel = bench.own_class
     drawn_class(panel)
     panel.name.value, panel.images.value = "slow cross", 16_000
-    panel.train_button.click()
-    began = time.monotonic()
-    while "step" not in panel.job.note.value:
-        assert panel.job.busy, panel.job.note.value
-        assert time.monotonic() - began < PATIENCE
-        time.sleep(0.02)
-    panel.job.stop_button.click()
-    panel.job.wait(PATIENCE)
-    assert "Stopped" in panel.job.note.value
-    first = int(re.search(r"step ([\d,]+)", _next_note(panel))[1].replace(",", ""))
-    assert first > SMALL.log_every, "it went on from where it had stopped"
+
+    def train_past(step: int) -> int:
+        """Train until a step is told, stop, and return the step that was saved."""
+        panel.train_button.click()
+        began = time.monotonic()
+        while told_step(panel.job.note.value) <= step:
+            assert panel.job.busy, panel.job.note.value
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.02)
+        panel.job.stop_button.click()
+        panel.job.wait(PATIENCE)
+        assert "Stopped" in panel.job.note.value
+        return read_tensors(state())[1]["step"]
+
+    def state() -> Path:
+        return max((home / "artefacts").glob("group-*/state.safetensors"), key=lambda path: path.stat().st_mtime)
+
+    first = train_past(0)
+    second = train_past(first)
+    assert second > first > 0
+    steps = [event["step"] for event in read_lines(state().with_name("log.jsonl"))]
+    assert steps == sorted(set(steps)), "it went on from where it had stopped"
 
 
-def _next_note(panel) -> str:
-    """Train again and return the first progress sentence, then stop."""
-    notes = []
-    panel.job.note.observe(lambda change: notes.append(change["new"]), "value")
-    panel.train_button.click()
-    began = time.monotonic()
-    while not any("step" in note for note in notes):
-        assert time.monotonic() - began < PATIENCE
-        time.sleep(0.02)
-    panel.job.stop()
-    panel.job.wait(PATIENCE)
-    return next(note for note in notes if "step" in note)
+def told_step(sentence: str) -> int:
+    found = re.search(r"step ([\d,]+)", sentence)
+    return int(found[1].replace(",", "")) if found else 0
 
 
 def test_a_folder_of_pictures_is_read_and_a_bad_one_refused(bench, tmp_path):
