@@ -43,8 +43,8 @@ class RunsPanel(Panel):
         self.seed = control(widgets.BoundedIntText, "seed", 0, "120px", min=0, max=10**6)
         self.settings = control(widgets.Text, "settings", "", "320px", placeholder="key=value key=value")
         self.start_button = button("Start", self.start, "play", "success")
-        self.stop_button = button("Stop the chosen", self.stop, "stop", "warning")
-        self.resume_button = button("Resume the chosen", self.resume, "step-forward")
+        self.stop_button = button("Stop", self.stop, "stop", "warning")
+        self.resume_button = button("Resume", self.resume, "step-forward")
         self.bar = widgets.FloatProgress(value=0.0, max=1.0, layout=widgets.Layout(width="320px"))
         self.note = widgets.HTML()
         self.children = [
@@ -75,7 +75,8 @@ class RunsPanel(Panel):
         self.show(lambda: Markup(markup.table(frame.drop(columns=["preset"]).set_index("run"))))
         names = frame["run"].tolist()
         if names != list(self.chosen.options):
-            kept = [name for name in self.chosen.value if name in names]
+            new = set(self.started) - set(self.chosen.options)  # a started run shows its curve as soon as it has one
+            kept = [name for name in names if name in self.chosen.value or name in new]
             with self.quietly():
                 self.chosen.options = names
                 self.chosen.value = kept
@@ -132,11 +133,13 @@ class RunsPanel(Panel):
         self._watch()
 
     def stop(self) -> None:
-        """Ask the chosen running runs to save and leave."""
+        """Ask the chosen running runs to save and leave; when none of them runs, all that were started here."""
 
         def end():
-            for name in self._picked():
-                if name in self.started and self.started[name].going:
+            going = [name for name, started in self.started.items() if started.going]
+            running = [name for name in self.chosen.value if name in going or runs.in_use(self.home / name)]
+            for name in running or going or self._picked():
+                if name in going:
                     self.started[name].stop()
                 else:
                     runs.stop(self._run(name))
@@ -145,12 +148,9 @@ class RunsPanel(Panel):
         self._try(end)
 
     def _picked(self) -> list[str]:
-        """The chosen runs; when none is chosen, those that this panel started and that still go."""
-        going = [name for name, started in self.started.items() if started.going]
-        names = [name for name in self.chosen.value if name in going] or list(self.chosen.value) or going
-        if not names:
+        if not self.chosen.value:
             raise LabError("No run is chosen: choose one in the list.")
-        return names
+        return list(self.chosen.value)
 
     def _try(self, act) -> None:
         try:

@@ -76,7 +76,7 @@ def starts_and_stops_a_run(page, home):
     started.get_by_label("settings", exact=True).press("Tab")
     press(started, "Start")
     started.get_by_text(re.compile("adapter of class .*, step")).wait_for()
-    press(started, "Stop the chosen")
+    press(started, "Stop")
     started.get_by_text(re.compile("same command resumes")).wait_for()
     frame = runs.table(home).set_index("seed")
     assert frame.loc[5, "state"] == "unfinished"
