@@ -118,6 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("--set", action="append", default=[], metavar="PARAMETER=VALUE", dest="settings")
     notebooks.add_argument("--only", metavar="TEXT", help="only notebooks whose name contains TEXT")
     notebooks.set_defaults(act=_notebooks)
+
+    lab = commands.add_parser("lab", help="JupyterLab on the notebooks, for this machine only and with a token")
+    lab.add_argument("--port", type=int, default=8888, help="8888, or the next free one")
+    lab.add_argument("--no-browser", action="store_true", help="only print the address")
+    lab.set_defaults(act=_lab)
+
+    report = commands.add_parser("report", help="a run as one HTML page that needs no network")
+    report.add_argument("run", metavar="RUN", help="a run's folder, or its name")
+    report.add_argument("--to", metavar="FILE", help="where to write it (default: report.html in the run's folder)")
+    report.set_defaults(act=_report)
     return parser
 
 
@@ -402,6 +412,21 @@ def _notebooks(arguments) -> None:
 
     for path in execute(arguments.preset, arguments.settings, arguments.only):
         print(path)
+
+
+def _lab(arguments) -> int:
+    from funlora_lab import lab
+
+    return lab.start(arguments.port, not arguments.no_browser)
+
+
+def _report(arguments) -> None:
+    from pathlib import Path
+
+    from funlora_lab import report
+    from funlora_lab.opened import open_folder
+
+    print(report.write(open_folder(arguments.run), Path(arguments.to).absolute() if arguments.to else None))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Letters: B images, C channels, H x W pixels. Time runs from t = 0 (noise) to t = 1 (image); images lie in [-1, 1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,8 +41,13 @@ class Solver:
     steps: int = 4
     tolerance: float = 1e-5
 
-    def integrate(self, velocity: Velocity, x0: Tensor) -> tuple[Tensor, int]:
-        """(images at t = 1, evaluations of the network) from noise x0 (B, C, H, W) at t = 0."""
+    def path(self, velocity: Velocity, x0: Tensor, frames: int | None = None) -> tuple[Tensor, int]:
+        """(states (frames, B, C, H, W) at equal times from noise x0 at t = 0 to images at t = 1, evaluations).
+
+        ``frames`` is by default one for the noise and one for every step of the grid (11 for dopri5), and never changes
+        the last state of a fixed grid; frames between two steps are interpolated (dopri5-each starts anew at each).
+        """
+        frames = frames or (11 if self.name.startswith("dopri5") else self.steps + 1)
         evaluations = 0
 
         def counted(t: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ class Solver:
         def grid(*_) -> Tensor:
             return torch.linspace(0, 1, self.steps + 1, device=x0.device)
 
-        ends = torch.tensor([0.0, 1.0], device=x0.device)
+        times = torch.linspace(0, 1, frames, device=x0.device)
         if self.name == "dopri5":
             settings = {"atol": self.tolerance, "rtol": self.tolerance}
         else:
@@ -60,17 +66,33 @@ class Solver:
         try:
             with torch.no_grad():
                 if self.name == "dopri5-each":
-                    x1 = dopri5_each(counted, x0, self.tolerance)
+                    states = torch.stack(list(self._each(counted, x0, times.tolist())))
                 else:
-                    x1 = odeint(counted, x0, ends, method=self.name, **settings)[-1]
+                    states = odeint(counted, x0, times, method=self.name, **settings)
         except AssertionError as reason:
             raise LabError(
                 f"The solver {self.name} gave up ({reason}): the velocity is not finite or not smooth; "
                 "accepted alternatives are a fixed grid (euler, midpoint, rk4) or a larger tolerance."
             ) from None
-        if not torch.isfinite(x1).all():
+        if not torch.isfinite(states[-1]).all():
             raise LabError(f"The solver {self.name} left the finite numbers: the network has diverged.")
-        return x1, evaluations
+        return states, evaluations
+
+    def _each(self, velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[Tensor]:
+        """The states of dopri5-each at ``times``: from one to the next it runs over a time of its own from 0 to 1."""
+        yield x
+        for first, last in pairwise(times):
+
+            def stretched(t: Tensor, x: Tensor, first=first, span=last - first) -> Tensor:
+                return span * velocity(first + span * t, x)
+
+            x = dopri5_each(stretched, x, self.tolerance)
+            yield x
+
+    def integrate(self, velocity: Velocity, x0: Tensor) -> tuple[Tensor, int]:
+        """(images at t = 1, evaluations of the network) from noise x0 (B, C, H, W) at t = 0."""
+        states, evaluations = self.path(velocity, x0, frames=2)
+        return states[-1], evaluations
 
 
 def noise(seed: int, cls: int, chunk: int, shape: tuple[int, ...]) -> Tensor:

@@ -6,6 +6,7 @@ generator state, a class draws the same numbers whoever is trained beside it, an
 
 import hashlib
 import json
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -23,11 +24,14 @@ def stream(seed: int, *key: str | int, device: torch.device | str = "cpu") -> to
     return torch.Generator(device).manual_seed(seed_of(seed, *key))
 
 
+_GLOBAL_GENERATORS = threading.RLock()  # PyTorch's own are shared by all threads: one ``seeded`` block at a time
+
+
 @contextmanager
 def seeded(seed: int, *key: str | int, device: torch.device | str = "cpu"):
     """Run a block (dropout, weight initialisation) with PyTorch's global generators seeded, then restore them."""
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _GLOBAL_GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(seed, *key))
         yield
 
