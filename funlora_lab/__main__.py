@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the finding as one JSON object")
     verify.set_defaults(act=_verify)
 
+    bench = commands.add_parser("bench", help="how fast a preset's steps are, against torchcfm and naive forms")
+    _experiment_arguments(bench)
+    bench.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    bench.add_argument("--compile", default="auto", help="auto (default: on a GPU), off, on or graphs")
+    bench.add_argument("--batch", type=int, default=0, help="images a step (default: 8 on a CPU, else the preset's)")
+    bench.add_argument("--repeats", type=int, default=0, help="counted turns of everything compared (default: 5)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench.set_defaults(act=_bench)
+
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
 
@@ -268,6 +277,19 @@ def _verify(arguments) -> int:
 
 def _measured(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
+
+
+def _bench(arguments) -> None:
+    experiment = _experiment(arguments)
+    from funlora_lab import bench
+    from funlora_lab.continual import pick_device
+    from funlora_lab.training import Runtime
+
+    runtime = Runtime(device=pick_device(arguments.device), compile=arguments.compile, save_seconds=float("inf"))
+    result = bench.measure(
+        experiment, runtime, arguments.batch, arguments.repeats, say=lambda what: print(f"{what} ...", file=sys.stderr)
+    )
+    print(json.dumps(result) if arguments.json else bench.table(result))
 
 
 def closing_table(result: dict) -> str:

@@ -119,7 +119,7 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     """
     e, device, team = work.experiment, work.runtime.device, work.runtime.team
     team.check(stage.state_file, e.base_batch)
-    model = team.wrap(net.to(device).train())
+    model = team.wrap(work.runtime.prepared(net).train())
     images = Images(images.pixels.to(device), images.labels.to(device))
     shuffle = Shuffle(len(images), e.seed, name, "order")
     parameters = dict(net.named_parameters())
@@ -202,7 +202,12 @@ class WholeNetwork:
         weights, facts = stage.result()
         net.load_state_dict(weights)
         work.seconds[stage.key] = facts["seconds"]
-        self.net, self.key, self.labels = net.to(work.runtime.device).eval().requires_grad_(False), stage.key, labels
+        self.adopt(net, stage.key, labels)
+
+    def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
+        """Take a trained network as the current one; nothing trains it until the next task does."""
+        self.net = self.work.runtime.prepared(net).eval().requires_grad_(False)
+        self.key, self.labels = key, labels
 
     def _pretrain(self) -> Iterator[Event]:
         """Unsupervised pre-training of the base (the paper's supplement 6.4), conditioned on one learned null label.
@@ -256,7 +261,6 @@ class FrozenBase(WholeNetwork):
         work, classes = self.work, self.work.tasks[task]
         if task == 0:
             yield from self.train("base", classes, work.dataset.train.of(classes), work.experiment.base_steps)
-            self.adapters = Adapters(self.net, work.experiment)
             return
         for group in self.groups(task):
             yield from self.learn_side_by_side(group)
@@ -272,6 +276,10 @@ class FrozenBase(WholeNetwork):
         together = classes if lanes <= len(classes) else [cls for later in self.work.tasks[1:] for cls in later]
         groups = [together[first : first + lanes] for first in range(0, len(together), lanes)]
         return [group for group in groups if group[0] in classes]
+
+    def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
+        super().adopt(net, key, labels)
+        self.adapters = Adapters(self.net, self.work.experiment)
 
     def check(self) -> None:
         with torch.device("meta"):

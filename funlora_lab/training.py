@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from funlora_lab import speed
 from funlora_lab.distributed import Team
 from funlora_lab.errors import Damaged, LabError, Stopped
 from funlora_lab.store import Stage
@@ -40,8 +41,8 @@ class Runtime:
 
     ``stop`` is asked before every step: a sentence means stop here, saved. ``save_seconds`` is the least time between
     two saves of progress (saving also never takes more than about a twentieth of the time); 0 saves every step.
-    ``tell`` is given a sentence when something outside holds the work up. ``team`` are the
-    processes that train a whole network together.
+    ``tell`` is given a sentence when something outside holds the work up. ``team`` are the processes that train a whole
+    network together. ``compile``: auto, off, on or graphs; see ``speed.prepared``.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -49,6 +50,11 @@ class Runtime:
     save_seconds: float = field(default_factory=_save_seconds)
     team: Team = field(default_factory=Team)
     tell: Callable[[str], None] = lambda sentence: None
+    compile: str = "auto"
+
+    def prepared(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in the memory layout and compiled as suits it."""
+        return speed.prepared(network, self.device, self.compile)
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; between stages everything is already saved."""
