@@ -34,8 +34,8 @@ from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
 
-def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> dict:
-    """Where, with what and from which images a result was made; ``pictures`` as ``data.pictures`` gives it."""
+def provenance(device: torch.device, dataset: Dataset) -> dict:
+    """Where, with what and from which images a result was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
@@ -43,7 +43,7 @@ def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> 
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": pictures},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": dataset.pictures},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -150,10 +150,8 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     """
     runtime = runtime or Runtime()
     record = Run.of(experiment, home)
-    if stored := record.results():
-        before, now = stored["provenance"].get("data", {}).get("pictures"), data.pictures(experiment)
-        if before and now and before != now:
-            raise LabError(f"The pictures have changed since {record.folder} was run: move that folder to run anew.")
+    if record.results():
+        data.check_unchanged(experiment, record.results())
         for event in record.events():
             yield {**event, "replayed": True}
         return
@@ -163,7 +161,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device, dataset, data.pictures(experiment))
+    about = provenance(runtime.device, dataset)
     record.open(about)
     with locked(record.folder), open(record.log_file, "w") as log:
         results = {}

@@ -76,7 +76,7 @@ def learn(
     mine = positions(classes, tasks) if classes else part_of(worker, groups) if worker else []
     first = runtime.team.rank == 0
     if first:
-        record.open(provenance(runtime.device, dataset, data.pictures(experiment)))
+        record.open(provenance(runtime.device, dataset))
     with locked(record.folder) if first else nullcontext():  # of all shares at work in this home one trains the base
         runtime.team.wait()
         if learner is not None:
