@@ -35,8 +35,8 @@ from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
 
-def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> dict:
-    """Where, with what and from which images a result was made; ``pictures`` as ``data.pictures`` gives it."""
+def provenance(device: torch.device, dataset: Dataset) -> dict:
+    """Where, with what and from which images a result was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
@@ -44,7 +44,7 @@ def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> 
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": pictures},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": dataset.pictures},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -149,9 +149,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     record = Run.of(experiment, home)
     record.check()
     if stored := record.results():
-        before, now = stored["provenance"].get("data", {}).get("pictures"), data.pictures(experiment)
-        if before and now and before != now:
-            raise LabError(f"The pictures have changed since {record.folder} was run: move that folder to run anew.")
+        data.check_unchanged(experiment, stored)
         yield from _stored(record)
         return
     dataset = data.load(experiment, home)
@@ -160,7 +158,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device, dataset, data.pictures(experiment))
+    about = provenance(runtime.device, dataset)
     make_folder(record.folder)
     with locked(record.folder, runtime.check, runtime.tell):
         if not record.results():  # else another process finished it while this one waited
