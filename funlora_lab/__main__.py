@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment, or resume it, or show its stored result")
     _experiment_arguments(run)
     run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    run.add_argument("--compile", default="auto", help="auto (default: on a GPU), off, on or graphs")
     run.add_argument("--json", action="store_true", help="print the closing result as one JSON object")
     run.add_argument("--minutes", type=_minutes, help="stop after so many minutes, saved; the same command goes on")
     share = run.add_mutually_exclusive_group()
@@ -65,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     quality.add_argument("--json", action="store_true", help="print one JSON object")
     quality.set_defaults(act=_quality)
+
+    bench = commands.add_parser("bench", help="how fast a preset's steps are, against torchcfm and naive forms")
+    _experiment_arguments(bench)
+    bench.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    bench.add_argument("--compile", default="auto", help="auto (default: on a GPU), off, on or graphs")
+    bench.add_argument("--batch", type=int, default=0, help="images a step (default: 8 on a CPU, else the preset's)")
+    bench.add_argument("--repeats", type=int, default=0, help="counted turns of everything compared (default: 5)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    bench.set_defaults(act=_bench)
 
     listing = commands.add_parser("list", help="presets, methods, settings and stored runs")
     listing.set_defaults(act=_list)
@@ -125,7 +135,7 @@ def _run(arguments) -> None:
     from funlora_lab import continual, distributed, shares
     from funlora_lab.training import Runtime
 
-    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop)
+    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop, compile=arguments.compile)
     try:
         if distributed.launched() and not _base_together(experiment, runtime):
             return
@@ -209,6 +219,19 @@ def _merge(arguments) -> None:
     print(f"Brought to {facts['home']}: {brought}; {facts['known']} files were here already.")
     if facts["unfinished"]:
         print(f"{facts['unfinished']} unfinished artefacts were left out: finish their shares and merge again.")
+
+
+def _bench(arguments) -> None:
+    experiment = _experiment(arguments)
+    from funlora_lab import bench
+    from funlora_lab.continual import pick_device
+    from funlora_lab.training import Runtime
+
+    runtime = Runtime(device=pick_device(arguments.device), compile=arguments.compile, save_seconds=float("inf"))
+    result = bench.measure(
+        experiment, runtime, arguments.batch, arguments.repeats, say=lambda what: print(f"{what} ...", file=sys.stderr)
+    )
+    print(json.dumps(result) if arguments.json else bench.table(result))
 
 
 def closing_table(result: dict) -> str:

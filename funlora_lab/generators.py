@@ -16,6 +16,7 @@ from funlora_lab.config import WHOLE_NETWORK, Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.flow import Velocity, flow_loss
 from funlora_lab.sampling import draw
+from funlora_lab.speed import sent
 from funlora_lab.store import Stage, Store, fingerprint
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
@@ -89,7 +90,7 @@ def _autocast(experiment: Experiment, device: torch.device):
 def _noised(images: Images, order: Tensor, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(x1, x0, t) of one batch: images in [-1, 1], noise and times, all from one stream."""
     device = images.pixels.device
-    x1 = to_floats(images.pixels[order.to(device)])
+    x1 = to_floats(images.pixels[sent(order, device)])
     if flip:
         mirrored = torch.rand(len(x1), generator=generator, device=device) < 0.5
         x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
@@ -106,7 +107,7 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     e, device, team = work.experiment, work.runtime.device, work.runtime.team
     team.check(stage.state_file, e.base_batch)
     stage.open()
-    model = team.wrap(net.to(device).train())
+    model = team.wrap(work.runtime.prepared(net).train())
     images = Images(images.pixels.to(device), images.labels.to(device))
     shuffle = Shuffle(len(images), e.seed, name, "order")
     parameters = dict(net.named_parameters())
@@ -114,7 +115,7 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     def loss_at(step: int) -> Tensor:
         order = shuffle.batch(step, e.base_batch)
         x1, x0, t = _noised(images, order, e.flip, stream(e.seed, name, step, device=device))
-        x1, x0, t, y = team.part(x1, x0, t, images.labels[order.to(device)])
+        x1, x0, t, y = team.part(x1, x0, t, images.labels[sent(order, device)])
         with seeded(e.seed, name, "dropout", step, *team.key, device=device), _autocast(e, device):
             return team.mean(flow_loss(lambda t, x: model(t, x, y), x1, x0, t), e.base_batch)[None]
 
@@ -188,7 +189,12 @@ class WholeNetwork:
         weights, facts = stage.result()
         net.load_state_dict(weights)
         work.seconds[stage.key] = facts["seconds"]
-        self.net, self.key, self.labels = net.to(work.runtime.device).eval().requires_grad_(False), stage.key, labels
+        self.adopt(net, stage.key, labels)
+
+    def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
+        """Take a trained network as the current one; nothing trains it until the next task does."""
+        self.net = self.work.runtime.prepared(net).eval().requires_grad_(False)
+        self.key, self.labels = key, labels
 
     def _pretrain(self) -> Iterator[Event]:
         """Unsupervised pre-training of the base (the paper's supplement 6.4), conditioned on one learned null label.
@@ -242,7 +248,6 @@ class FrozenBase(WholeNetwork):
         work, classes = self.work, self.work.tasks[task]
         if task == 0:
             yield from self.train("base", classes, work.dataset.train.of(classes), work.experiment.base_steps)
-            self.adapters = Adapters(self.net, work.experiment)
             return
         for group in self.groups(task):
             yield from self.learn_side_by_side(group)
@@ -252,6 +257,10 @@ class FrozenBase(WholeNetwork):
         classes = self.work.tasks[task]
         lanes = self.work.experiment.lanes or len(classes)
         return [classes[first : first + lanes] for first in range(0, len(classes), lanes)]
+
+    def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
+        super().adopt(net, key, labels)
+        self.adapters = Adapters(self.net, self.work.experiment)
 
     def check(self) -> None:
         with torch.device("meta"):

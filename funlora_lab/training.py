@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from funlora_lab import speed
 from funlora_lab.distributed import Team
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.store import Stage
@@ -27,13 +28,22 @@ class Runtime:
 
     ``stop`` is asked before every step: a sentence means stop here, saved. ``save_seconds`` is the least time between
     two saves of progress (saving also never takes more than about a twentieth of the time). ``team`` are the processes
-    that train a whole network together.
+    that train a whole network together. ``compile``: auto, off, on or graphs; see ``speed.prepared``.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stop: Callable[[], str | None] = lambda: None
     save_seconds: float = 20.0
     team: Team = field(default_factory=Team)
+    compile: str = "auto"
+
+    def prepared(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in its layout there, compiled where that is asked for."""
+        return speed.prepared(network, self.device, self.compile)
+
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in its layout there."""
+        return speed.laid_out(network, self.device)
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; between stages everything is already saved."""
