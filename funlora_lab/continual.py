@@ -30,6 +30,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import Source, Work, generator_of, sample_stage
 from funlora_lab.sampling import draw
+from funlora_lab.speed import sent
 from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
@@ -70,7 +71,7 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
     Returns (network, predicted classes of the test images of ``classes``, their true classes). ``origin`` says in the
     stage's key where the images come from.
     """
-    e, device = work.experiment, work.runtime.device
+    e = work.experiment
     stage = work.store.stage(
         "classifier",
         origin=origin,
@@ -81,7 +82,7 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
         data=work.dataset.fingerprint,
         settings=e.select("classifier", "crop", "image_size", "channels"),
     )
-    net = classifiers.build(e, len(classes), len(classes)).to(device)
+    net = work.runtime.laid_out(classifiers.build(e, len(classes), len(classes)))
     yield from work.ready(stage, lambda: _fit_classifier(work, stage, net, classes, images))
     tensors, facts = stage.result()
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
@@ -109,7 +110,7 @@ def _fit_classifier(work: Work, stage: Stage, net, classes: list[int], images: I
 
     def loss_at(step: int) -> Tensor:
         net.train()
-        order = shuffle.batch(step, batch).to(device)
+        order = sent(shuffle.batch(step, batch), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=e.precision == "bf16"):
             return classifiers.classifier_loss(net, e, local, order, step, "classifier", len(classes))[None]
 

@@ -15,7 +15,7 @@ from funlora_lab.training import Runtime
 
 
 def adapters_of(experiment: Experiment, home: Path, runtime: Runtime | None = None) -> dict[int, Row]:
-    """Train (or load) only the base and the adapters of an experiment, in the folder ``home``; the row of each class."""
+    """Train (or load) only the base and the adapters of an experiment, in ``home``; the row of each class."""
     dataset = data.load(experiment, home)
     tasks = data.tasks(experiment, len(dataset.classes))
     learner = generator_of(Work(experiment, dataset, tasks, Store(home), runtime or Runtime()))
