@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment, or resume it, or show its stored result")
     _experiment_arguments(run)
     run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    run.add_argument("--compile", default="auto", help="auto (default: on a GPU), off, on or graphs")
     run.add_argument("--json", action="store_true", help="print the closing result as one JSON object")
     run.add_argument("--minutes", type=_minutes, help="stop after so many minutes, saved; the same command goes on")
     share = run.add_mutually_exclusive_group()
@@ -168,7 +169,9 @@ def _run(arguments) -> None:
     from funlora_lab.store import Run
     from funlora_lab.training import Runtime
 
-    runtime = Runtime(distributed.own_device(continual.pick_device(arguments.device)), stop, tell=_tell)
+    runtime = Runtime(
+        distributed.own_device(continual.pick_device(arguments.device)), stop, tell=_tell, compile=arguments.compile
+    )
     if arguments.repair:
         for finding in Run.of(experiment).repair():
             _tell(f"Deleted: {str(finding).partition(';')[0]}.")

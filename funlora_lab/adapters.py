@@ -202,7 +202,10 @@ class Adapters:
 
         The effective weights are computed here, once; call it inside a training step, or once before sampling.
         """
-        changes = self.weights(rows) | self.affines(rows)
+        weights = self.weights(rows)
+        if K == 1:  # an ordinary network
+            weights = {name: weight[0] for name, weight in weights.items()}
+        changes = weights | self.affines(rows)
         embedding = rows[LABEL] if LABEL in rows else self.mean_embedding().expand(K, -1)
 
         def v(t: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from funlora_lab.continual import provenance
 from funlora_lab.generators import build_unet
 from funlora_lab.training import Runtime
 
-LANES = (1, 2, 5, 20)  # classes side by side in the comparison at a constant number of images
+LANES = (1, 5, 20)  # classes side by side in the comparison at a constant number of images
 RATIOS = {
     "base_vs_torchcfm_fp32": "our base step in fp32 / torchcfm's U-Net in an ordinary fp32 loop",
     "base_vs_torchcfm_bf16": "our base step in bf16 / torchcfm's U-Net in an ordinary fp32 loop",
@@ -33,6 +33,12 @@ RATIOS = {
     "lanes20x6_vs_1x120": "adapter step of 20 classes x 6 images / 1 class x 120 images",
     "merged_vs_plain": "drawing images of an adapted class / of a class of the plain network",
 }
+
+
+def clock(device: torch.device) -> float:
+    """Seconds; on a single CPU thread those of this process alone, which other programs disturb least."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
 
 
 @dataclass
@@ -45,18 +51,17 @@ class Race:
     memory: dict[str, int | None] = field(default_factory=dict)
 
     def run(self, turns: dict[str, Turn], repeats: int) -> "Race":
-        """One round to warm up (in which memory is measured), then ``repeats`` rounds that count."""
-        for name, turn in turns.items():
-            self.times[name] = []
-            turn()
-            with peak_memory(self.device) as peak:
-                turn()
-                self.memory[name] = peak()
-        for _ in range(repeats):
+        """One round to warm up, in which memory is measured, then ``repeats`` rounds that count."""
+        for repeat in range(repeats + 1):
             for name, turn in turns.items():
-                begun = time.perf_counter()
-                turn()
-                self.times[name].append((time.perf_counter() - begun) / self.steps)
+                with peak_memory(self.device) as peak:
+                    begun = clock(self.device)
+                    turn()
+                    seconds = (clock(self.device) - begun) / self.steps
+                    if repeat == 0:
+                        self.memory[name], self.times[name] = peak(), []
+                    else:
+                        self.times[name].append(seconds)
         return self
 
     def ratio(self, ours: str, theirs: str) -> float:
@@ -72,15 +77,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best, end = 0.0, None
-    while end is None or time.perf_counter() < end:
-        begun = time.perf_counter()
+    while end is None or clock(device) < end:
+        begun = clock(device)
         for _ in range(repeat := 20 if device.type == "cuda" else 1):
             c = a @ b
         c[0, 0].item()
         if end is None:  # the first turn only warms up
-            end = time.perf_counter() + seconds
+            end = clock(device) + seconds
             continue
-        best = max(best, 2 * n**3 * repeat / (time.perf_counter() - begun))
+        best = max(best, 2 * n**3 * repeat / (clock(device) - begun))
     return best
 
 
@@ -149,11 +154,14 @@ def measure(
     torchcfm_unet(experiment, 1, device=torch.device("meta"))
     e, device = experiment.but(method="funlora"), runtime.device
     cuda = device.type == "cuda"
-    B, repeats, steps = batch or (e.base_batch if cuda else 8), repeats or 5, 20 if cuda else 1
-    K = max(LANES)
+    B, repeats, K = batch or (e.base_batch if cuda else 8), repeats or 5, max(LANES)
     rates = {name: matrix_rate(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    work = flops(e, device)
+    expected = work["base"] * B / rates[e.precision]  # seconds, at the device's full rate
+    steps = max(1, min(20, round(0.2 / expected)))
     with tempfile.TemporaryDirectory() as folder:
         contenders = Contenders(e, runtime, Path(folder), len(BASE) + K, steps)
+        about = provenance(device, contenders.dataset) | {"compile": runtime.compile}
 
         def race(what: str, turns: dict[str, Turn], repeats: int) -> Race:
             say(what)
@@ -187,14 +195,14 @@ def measure(
         "adapter": B // 2 * 2 / base.seconds("adapter"),
         "sampling": 2 * B / sampling.seconds("merged"),
     }
-    work = flops(e, device)
     one, most = f"1 x {lane_images}", f"{K} x {lane_images // K}"
     return {
         "preset": e.preset,
         "precision": e.precision,
         "batch": B,
         "repeats": repeats,
-        "provenance": provenance(device) | {"compile": runtime.compile},
+        "steps_per_turn": steps,
+        "provenance": about,
         "matrix_flops_per_second": rates,
         "images_per_second": images,
         "gflop_per_image": {name: value / 1e9 for name, value in work.items()},

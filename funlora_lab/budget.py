@@ -44,7 +44,10 @@ def published() -> pd.DataFrame:
 
 
 def samplers(text: str) -> list[dict]:
-    """``"euler 4, dopri5 1e-3"`` -> the settings of each sampler; raises LabError naming what it cannot read."""
+    """``"euler 4, dopri5 1e-3"`` -> the settings of each sampler, named twice or not, once.
+
+    Raises LabError naming what it cannot read.
+    """
     found = []
     for words in (part.split() for part in text.split(",")):
         try:
@@ -58,7 +61,7 @@ def samplers(text: str) -> list[dict]:
                 f"'{' '.join(words)}' is not a sampler: accepted is a solver ({', '.join(SOLVERS)}) with its steps or, "
                 "for dopri5 and dopri5-each, its tolerance, as in euler 4, dopri5 1e-3."
             ) from None
-    return found
+    return [settings for i, settings in enumerate(found) if settings not in found[:i]]
 
 
 def counts(text: str, opened: OpenRun) -> list[int]:

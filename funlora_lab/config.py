@@ -33,7 +33,7 @@ OTHER_ADAPTERS = {
     "lora-attention": 3e-2,
     "lora-conv-v1": 3e-2,
     "lora-conv-v2": 3e-2,
-    "kml": 1e-1,
+    "kml": 2e-1,
     "label-embedding": 3e-2,
 }
 # methods that train the whole network, or no generator at all

@@ -30,13 +30,14 @@ from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import Source, Work, generator_of, sample_stage
 from funlora_lab.sampling import draw
+from funlora_lab.speed import sent
 from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 
 
-def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> dict:
-    """Where, with what and from which images a result was made; ``pictures`` as ``data.pictures`` gives it."""
+def provenance(device: torch.device, dataset: Dataset) -> dict:
+    """Where, with what and from which images a result was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
@@ -44,7 +45,7 @@ def provenance(device: torch.device, dataset: Dataset, pictures: str | None) -> 
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": pictures},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": dataset.pictures},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -70,7 +71,7 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
     Returns (network, predicted classes of the test images of ``classes``, their true classes). ``origin`` says in the
     stage's key where the images come from.
     """
-    e, device = work.experiment, work.runtime.device
+    e = work.experiment
     stage = work.store.stage(
         "classifier",
         origin=origin,
@@ -81,7 +82,7 @@ def train_classifier(work: Work, classes: list[int], images: Images, origin: dic
         data=work.dataset.fingerprint,
         settings=e.select("classifier", "crop", "image_size", "channels"),
     )
-    net = classifiers.build(e, len(classes), len(classes)).to(device)
+    net = work.runtime.laid_out(classifiers.build(e, len(classes), len(classes)))
     yield from work.ready(stage, lambda: _fit_classifier(work, stage, net, classes, images))
     tensors, facts = stage.result()
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
@@ -109,7 +110,7 @@ def _fit_classifier(work: Work, stage: Stage, net, classes: list[int], images: I
 
     def loss_at(step: int) -> Tensor:
         net.train()
-        order = shuffle.batch(step, batch).to(device)
+        order = sent(shuffle.batch(step, batch), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=e.precision == "bf16"):
             return classifiers.classifier_loss(net, e, local, order, step, "classifier", len(classes))[None]
 
@@ -149,9 +150,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     record = Run.of(experiment, home)
     record.check()
     if stored := record.results():
-        before, now = stored["provenance"].get("data", {}).get("pictures"), data.pictures(experiment)
-        if before and now and before != now:
-            raise LabError(f"The pictures have changed since {record.folder} was run: move that folder to run anew.")
+        data.check_unchanged(experiment, stored)
         yield from _stored(record)
         return
     dataset = data.load(experiment, home)
@@ -160,7 +159,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device, dataset, data.pictures(experiment))
+    about = provenance(runtime.device, dataset)
     make_folder(record.folder)
     with locked(record.folder, runtime.check, runtime.tell):
         if not record.results():  # else another process finished it while this one waited

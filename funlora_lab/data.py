@@ -50,7 +50,8 @@ class Images:
 class Dataset:
     """``train`` to learn from, ``valid`` (held out of the training images) for choices, ``test`` for the score.
 
-    ``unlabelled`` holds the pictures (N, C, H, W) on which the base is pre-trained, if any.
+    ``unlabelled`` holds the pictures (N, C, H, W) on which the base is pre-trained, if any; ``pictures`` is the
+    hash of a folder's files, as ``pictures()`` gives it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dataset:
     valid: Images
     test: Images
     unlabelled: Tensor | None = None
+    pictures: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,6 +131,13 @@ def pictures(experiment: Experiment) -> str | None:
     return store.key_of({"pictures": folders.sizes(found, root)})
 
 
+def check_unchanged(experiment: Experiment, results: dict) -> None:
+    """Raise LabError when stored results are of other pictures than those that now lie in the experiment's folder."""
+    before, now = results["provenance"].get("data", {}).get("pictures"), pictures(experiment)
+    if before and now and before != now:
+        raise LabError(f"The pictures have changed since {results['run']} was run: move that folder to run anew.")
+
+
 def _folder(experiment: Experiment, cache: Path) -> Parts:
     """``train/<class>/*`` and ``test/<class>/*``; the classes are the folders' names, sorted."""
     root = _folder_root(experiment)
@@ -180,7 +189,7 @@ def load(experiment: Experiment, home: Path | None = None) -> Dataset:
         root = Path(experiment.pretrain_root).expanduser().absolute()
         unlabelled = folders.unlabelled(root, experiment.image_size, experiment.channels, cache)
     name = f"folder {_folder_root(experiment)}" if experiment.data == "folder" else experiment.data
-    return Dataset(name, classes, train, valid, test, unlabelled)
+    return Dataset(name, classes, train, valid, test, unlabelled, pictures(experiment))
 
 
 def class_order(order: str, classes: int) -> list[int]:

@@ -55,7 +55,7 @@ ON_A_GPU = 64  # times as many
 
 
 class _SumOfCosines(torch.autograd.Function):
-    """sum_i ponderation_i cos(frequency_i z), computing waves again on the way back instead of keeping them.
+    """sum_i ponderation_i cos(frequency_i z), with waves of large layers computed again on the way back, not kept.
 
     z (K, n), ponderation and frequency (K, p) -> (K, n). The p waves of some classes at a time, (classes, p, n), meet
     their ponderations and gradients in matrix products; those of all classes never exist together.
@@ -70,23 +70,25 @@ class _SumOfCosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
-        ctx.save_for_backward(z, ponderation, frequency)
-        total = torch.empty_like(z)
-        for k in _SumOfCosines.blocks(z, ponderation.shape[1]):
+        total, waves = torch.empty_like(z), None
+        blocks = _SumOfCosines.blocks(z, ponderation.shape[1])
+        for k in blocks:
             waves = (frequency[k, :, None] * z[k, None, :]).cos_()
             total[k] = (ponderation[k, None, :] @ waves)[:, 0]
+        ctx.save_for_backward(z, ponderation, frequency, waves if len(blocks) == 1 else None)
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        z, ponderation, frequency = ctx.saved_tensors
+        z, ponderation, frequency, waves = ctx.saved_tensors
         grad_z, inner = torch.empty_like(z), upstream * z
         grad_ponderation, grad_frequency = torch.empty_like(ponderation), torch.empty_like(frequency)
         for k in _SumOfCosines.blocks(z, ponderation.shape[1]):
             angle = frequency[k, :, None] * z[k, None, :]
-            grad_ponderation[k] = (angle.cos() @ upstream[k, :, None])[..., 0]
+            cosines = angle.cos() if waves is None else waves
+            grad_ponderation[k] = (upstream[k, None, :] @ cosines.mT)[:, 0]
             slope = angle.sin_()
-            grad_frequency[k] = (slope @ inner[k, :, None])[..., 0]
+            grad_frequency[k] = (inner[k, None, :] @ slope.mT)[:, 0]
             grad_z[k] = ((ponderation * frequency)[k, None, :] @ slope)[:, 0]
         return grad_z.mul_(upstream).neg_(), grad_ponderation, grad_frequency.mul_(ponderation).neg_()
 

@@ -20,6 +20,7 @@ from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.disk import canonical, fingerprint, read_json, write_atomically
 from funlora_lab.flow import Velocity, flow_loss
 from funlora_lab.sampling import draw
+from funlora_lab.speed import sent
 from funlora_lab.store import Stage, Store
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
@@ -103,7 +104,7 @@ def _autocast(experiment: Experiment, device: torch.device):
 def _noised(images: Images, order: Tensor, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(x1, x0, t) of one batch: images in [-1, 1], noise and times, all from one stream."""
     device = images.pixels.device
-    x1 = to_floats(images.pixels[order.to(device)])
+    x1 = to_floats(images.pixels[sent(order, device)])
     if flip:
         mirrored = torch.rand(len(x1), generator=generator, device=device) < 0.5
         x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
@@ -127,7 +128,7 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
     def loss_at(step: int) -> Tensor:
         order = shuffle.batch(step, e.base_batch)
         x1, x0, t = _noised(images, order, e.flip, stream(e.seed, name, step, device=device))
-        x1, x0, t, y = team.part(x1, x0, t, images.labels[order.to(device)])
+        x1, x0, t, y = team.part(x1, x0, t, images.labels[sent(order, device)])
         with seeded(e.seed, name, "dropout", step, *team.key, device=device), _autocast(e, device):
             return team.mean(flow_loss(lambda t, x: model(t, x, y), x1, x0, t), e.base_batch)[None]
 

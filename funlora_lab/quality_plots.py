@@ -75,10 +75,18 @@ def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str,
             part[cost], part[gain], size, color=COLOURS[i % len(COLOURS)], alpha=0.75, label=solver, linewidth=0
         )
     axis.plot(front[cost], front[gain], color=INK, linewidth=0.9, drawstyle="steps-post")
-    for i, row in enumerate(front.to_dict("records")):
-        words = f"{row['solver']} {row['setting']}, {row['images']}"
+    rows = front.to_dict("records")
+    for i, row in enumerate(rows):
+        last = row is rows[-1]
         axis.annotate(
-            words, (row[cost], row[gain]), (4, -11 if i % 2 else 5), textcoords="offset points", fontsize=7, color=INK
+            f"{row['solver']} {row['setting']}, {row['images']}",
+            (row[cost], row[gain]),
+            (0 if last else 4, -16 if i % 2 else 7),
+            textcoords="offset points",
+            ha="right" if last else "left",
+            fontsize=7,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
         )
     axis.set_xscale("log")
     axis.set_xlabel(label)

@@ -13,9 +13,9 @@ import pandas as pd
 
 from funlora_lab import __version__, markup, panels, pictures, runs
 from funlora_lab.config import Experiment
+from funlora_lab.disk import read_lines, write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
-from funlora_lab.store import read_lines, write_atomically
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

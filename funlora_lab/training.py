@@ -53,8 +53,12 @@ class Runtime:
     compile: str = "auto"
 
     def prepared(self, network: nn.Module) -> nn.Module:
-        """The network on the device, in the memory layout and compiled as suits it."""
+        """The network on the device, in its layout there, compiled where that is asked for."""
         return speed.prepared(network, self.device, self.compile)
+
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in its layout there."""
+        return speed.laid_out(network, self.device)
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; between stages everything is already saved."""

@@ -4,8 +4,8 @@ import pytest
 
 from funlora_lab import continual
 from funlora_lab.config import preset
+from funlora_lab.disk import fingerprint, read_tensors
 from funlora_lab.opened import open_run
-from funlora_lab.store import fingerprint, read_tensors
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ FOLDERS = {
     "config of another run": (damage_config(lambda c: c["experiment"].update(seed=5)), "run", "seed is 5 there and 0"),
     "config of another format": (damage_config(lambda c: c.update(format=99)), "run", "99"),
     "config to verify is no JSON": (lambda run: run.config_file.write_text("{"), "verify", "config.json"),
-    "unknown field to verify": (damage_config(lambda c: c["experiment"].update(exec=1)), "verify", "config.json"),
+    "unknown field to verify": (damage_config(lambda c: c["experiment"].update(exec=1)), "verify", "exec"),
     "wrong kind to verify": (damage_config(lambda c: c["experiment"].update(split=3)), "verify", "config.json"),
     "bad value to verify": (damage_config(lambda c: c["experiment"].update(solver="x")), "verify", "solver=x"),
     "log is binary": (lambda run: run.log_file.write_bytes(b"\x80\n"), "verify", "metrics.jsonl"),

@@ -141,7 +141,7 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_samplers_and_multiples_that_cannot_be_read_are_named(smoke):
-    assert budget.samplers("rk4 2, dopri5-each 1e-2") == [
+    assert budget.samplers("rk4 2, dopri5-each 1e-2, rk4 2") == [
         {"solver": "rk4", "steps": 2},
         {"solver": "dopri5-each", "tolerance": 0.01},
     ]

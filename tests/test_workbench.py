@@ -15,11 +15,12 @@ from PIL import Image
 import funlora_lab
 from funlora_lab import explore, markup, metrics, ownclass, panels, runs
 from funlora_lab.config import FUNCTIONAL_METHODS, SOLVERS, preset
+from funlora_lab.disk import read_lines, read_tensors
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
 from funlora_lab.opened import OpenRun, open_run
 from funlora_lab.plots import tile
-from funlora_lab.store import Run, read_lines, read_tensors
+from funlora_lab.store import Run
 
 widgets = pytest.importorskip("ipywidgets")
 from funlora_lab import workbench  # noqa: E402
