@@ -119,7 +119,7 @@ def series(frame: pd.DataFrame, label: str, columns: int = 5) -> Figure:
     """Fig. 5: one panel a layer: every function: mean and spread over classes; dashes: the start."""
     layers = sorted(frame["layer"].unique())
     rows = -(-len(layers) // columns)
-    figure, axes = _figure(9, 1.55 * rows + 0.7, rows, columns, sharex=True, sharey=True)
+    figure, axes = _figure(8, 1.35 * rows + 0.7, rows, columns, sharex=True, sharey=True)
     for axis, layer in zip(axes.flat, layers, strict=False):
         grouped = frame[frame["layer"] == layer].groupby("function")
         mean, sd = grouped["value"].mean(), grouped["value"].std().fillna(0)
@@ -128,8 +128,9 @@ def series(frame: pd.DataFrame, label: str, columns: int = 5) -> Figure:
         axis.fill_between(mean.index, mean - sd, mean + sd, color=COLOURS[0], alpha=0.25, lw=0)
         axis.set_title(f"layer {layer}", fontsize=9, pad=2)
         axis.set_xticks([n for n in (1, 4, 7, 10) if n <= len(mean)])
-    for axis in list(axes.flat)[len(layers) :]:
+    for above, axis in zip(list(axes.flat)[len(layers) - columns :], list(axes.flat)[len(layers) :], strict=False):
         axis.axis("off")
+        above.tick_params(labelbottom=True)
     figure.supxlabel("function index", fontsize=10)
     figure.supylabel(label, fontsize=10)
     handles = [axes[0, 0].lines[0], axes[0, 0].lines[1]]
