@@ -5,6 +5,8 @@ import os
 from io import BytesIO
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from funlora_lab import plots
 from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
@@ -22,9 +24,9 @@ def figures_folder(preset: str) -> Path:
     return folder
 
 
-def keep(figure: plots.Drawing, preset: str, name: str) -> plots.Drawing:
+def keep(figure: Figure, preset: str, name: str) -> Figure:
     """Save a notebook's figure as ``figures/<preset>/<name>.png`` and hand it back to be shown."""
-    write_atomically(figures_folder(preset) / f"{name}.png", figure.png())
+    figure.savefig(figures_folder(preset) / f"{name}.png")
     return figure
 
 

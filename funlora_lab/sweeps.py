@@ -1,6 +1,6 @@
 """Doing the runs that tables lack, and reading the results of all of them.
 
-Seeds share nothing, so on processors each has a process of its own.
+Runs of a table share bases, judges and classifiers through the artefact store, whoever makes them first.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -80,10 +80,8 @@ def _trial(experiment: Experiment, device: str) -> dict[str, float]:
 
 
 def workers_for(experiments: list[Experiment], device: str) -> int:
-    """Processes at once: one a seed on processors, as many as there are; one on a GPU."""
-    if continual.pick_device(device).type == "cuda":
-        return 1
-    return max(1, min(len({e.seed for e in experiments}), os.cpu_count() or 1))
+    """Processes at once: one a processor core, or one on a GPU."""
+    return 1 if continual.pick_device(device).type == "cuda" else max(1, min(len(experiments), os.cpu_count() or 1))
 
 
 def _base_and_own(run: Run) -> dict[str, float]:
@@ -108,11 +106,10 @@ def estimate(wanted: list[Cell], device: str = "auto", folder: Path | None = Non
     return seconds / workers_for(todo, device)
 
 
-def _work(experiments: list[Experiment], device: str, folder: Path | None, threads: int) -> None:
-    """What one process does: run some experiments in turn."""
+def _work(experiment: Experiment, device: str, folder: Path, threads: int) -> None:
+    """What a process does: run one experiment. What two processes need, one makes while the other waits."""
     torch.set_num_threads(threads)
-    for experiment in experiments:
-        exhaust(continual.run(experiment, Runtime(device=continual.pick_device(device)), folder))
+    exhaust(continual.run(experiment, Runtime(device=continual.pick_device(device)), folder))
 
 
 def perform(
@@ -122,7 +119,7 @@ def perform(
     show: Callable[[str], None] = lambda line: None,
     each: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Run every cell that is not finished, seeds side by side.
+    """Run every cell that is not finished, on processors as many side by side as there are cores.
 
     ``show`` gets what there is to do and how long it should take before anything starts, and how long it took;
     ``each`` gets a line for every finished run. Raises the first error of a run, after the others have been stopped;
@@ -137,34 +134,27 @@ def perform(
     duration = _duration(estimate(wanted, device, folder))
     show(f"{all_of} runs: {all_of - len(todo)} stored, {len(todo)} to do in about {duration}, {workers} at once")
     begun = time.monotonic()
-    by_seed = [[e for e in todo if e.seed == seed] for seed in dict.fromkeys(e.seed for e in todo)]
-    for experiment in (
-        _side_by_side(by_seed, workers, device, folder) if workers > 1 else _in_turn(todo, device, folder)
-    ):
+    ended = _side_by_side(todo, workers, device, folder) if workers > 1 else _in_turn(todo, device, folder)
+    for experiment in ended:
         each(_finished(experiment, folder))
     show(f"done in {_duration(time.monotonic() - begun)}")
 
 
 def _in_turn(experiments: list[Experiment], device: str, folder: Path) -> Iterator[Experiment]:
     for experiment in experiments:
-        _work([experiment], device, folder, torch.get_num_threads())
+        _work(experiment, device, folder, torch.get_num_threads())
         yield experiment
 
 
-def _side_by_side(lists: list[list[Experiment]], workers: int, device: str, folder: Path) -> Iterator[Experiment]:
-    """Each list in a process of its own, ``workers`` at once; yields every experiment when its results appear."""
+def _side_by_side(experiments: list[Experiment], workers: int, device: str, folder: Path) -> Iterator[Experiment]:
+    """Each experiment in one of ``workers`` processes; yields it when it has ended, raises the first error."""
     threads = max(1, (os.cpu_count() or 1) // workers)
-    waiting = [e for experiments in lists for e in experiments]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_work, experiments, device, folder, threads) for experiments in lists}
         try:
-            while futures:
-                done, futures = wait(futures, timeout=1.0, return_when="FIRST_EXCEPTION")
-                for experiment in [e for e in waiting if Run.of(e, folder).results()]:
-                    waiting.remove(experiment)
-                    yield experiment
-                for future in done:
-                    future.result()
+            futures = {pool.submit(_work, e, device, folder, threads): e for e in experiments}
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()

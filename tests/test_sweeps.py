@@ -120,9 +120,9 @@ def test_classes_of_later_tasks_may_train_beside(tmp_path, swept):
 def test_an_error_in_one_process_ends_the_sweep_with_its_message(tmp_path):
     wanted = [designs.Cell("bad", str(seed), TINY.but(seed=seed, window="11-99")) for seed in (0, 1)]
     with pytest.raises(LabError, match="accepted are layer indices"):
-        sweeps._work([wanted[0].experiment], "cpu", tmp_path, 1)
+        sweeps._work(wanted[0].experiment, "cpu", tmp_path, 1)
     with pytest.raises(LabError, match="accepted are layer indices"):
-        exhaust(sweeps._side_by_side([[cell.experiment] for cell in wanted], 2, "cpu", tmp_path))
+        exhaust(sweeps._side_by_side([cell.experiment for cell in wanted], 2, "cpu", tmp_path))
 
 
 def test_unknown_tables_are_refused():
