@@ -72,7 +72,7 @@ class Race:
         return median(self.times[name])
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of square matrix products on the device: the best of the turns that fit into ``seconds``."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

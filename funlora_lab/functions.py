@@ -51,11 +51,12 @@ def power(A: Tensor, B: Tensor, ponderation: Tensor, exponent: Tensor) -> Tensor
 
 # numbers in the waves held together: on a CPU they should stay in its caches, on a GPU keep it busy
 WAVES_AT_ONCE = 2**20
+WAVES_KEPT = 2**22  # numbers in the waves of a layer that are kept for the way back instead of computed again
 ON_A_GPU = 64  # times as many
 
 
 class _SumOfCosines(torch.autograd.Function):
-    """sum_i ponderation_i cos(frequency_i z), with waves of large layers computed again on the way back, not kept.
+    """sum_i ponderation_i cos(frequency_i z); the waves of many classes are computed again on the way back, not kept.
 
     z (K, n), ponderation and frequency (K, p) -> (K, n). The p waves of some classes at a time, (classes, p, n), meet
     their ponderations and gradients in matrix products; those of all classes never exist together.
@@ -70,23 +71,24 @@ class _SumOfCosines(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, ponderation: Tensor, frequency: Tensor) -> Tensor:
-        total, waves = torch.empty_like(z), None
-        blocks = _SumOfCosines.blocks(z, ponderation.shape[1])
-        for k in blocks:
+        p, total, kept = ponderation.shape[1], torch.empty_like(z), []
+        keep = any(ctx.needs_input_grad) and z.numel() * p <= WAVES_KEPT * (ON_A_GPU if z.is_cuda else 1)
+        for k in _SumOfCosines.blocks(z, p):
             waves = (frequency[k, :, None] * z[k, None, :]).cos_()
             total[k] = (ponderation[k, None, :] @ waves)[:, 0]
-        ctx.save_for_backward(z, ponderation, frequency, waves if len(blocks) == 1 else None)
+            kept += [waves] if keep else []
+        ctx.save_for_backward(z, ponderation, frequency, *kept)
         return total
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        z, ponderation, frequency, waves = ctx.saved_tensors
+        z, ponderation, frequency, *kept = ctx.saved_tensors
         grad_z, inner = torch.empty_like(z), upstream * z
         grad_ponderation, grad_frequency = torch.empty_like(ponderation), torch.empty_like(frequency)
-        for k in _SumOfCosines.blocks(z, ponderation.shape[1]):
+        for i, k in enumerate(_SumOfCosines.blocks(z, ponderation.shape[1])):
             angle = frequency[k, :, None] * z[k, None, :]
-            cosines = angle.cos() if waves is None else waves
-            grad_ponderation[k] = (upstream[k, None, :] @ cosines.mT)[:, 0]
+            waves = kept[i] if kept else angle.cos()
+            grad_ponderation[k] = (upstream[k, None, :] @ waves.mT)[:, 0]
             slope = angle.sin_()
             grad_frequency[k] = (inner[k, None, :] @ slope.mT)[:, 0]
             grad_z[k] = ((ponderation * frequency)[k, None, :] @ slope)[:, 0]

@@ -21,9 +21,13 @@ class Drawing(Figure):
     """A figure that a notebook shows by itself: without pyplot nobody else tells it how."""
 
     def _repr_png_(self) -> bytes:
+        return self.png()
+
+    def png(self) -> bytes:
+        """The figure as PNG with a palette of 256 colours: a third of the size, and nothing lost that one could see."""
         buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png")
-        Image.open(buffer).convert("RGB").quantize(256).save(small, "PNG", optimize=True)  # a third of the bytes
+        Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
         return small.getvalue()
 
 

@@ -61,11 +61,13 @@ def test_learned_functions_have_exact_gradients(name):
     assert torch.autograd.gradcheck(getattr(functions, name), vectors(3))
 
 
-def test_cosine_in_blocks_equals_cosine_at_once(monkeypatch):
+@pytest.mark.parametrize("kept", [0, 2**22])
+def test_cosine_in_blocks_equals_cosine_at_once(monkeypatch, kept):
     inputs = vectors(5)
     together = functions.cosine(*inputs)
     gradients = torch.autograd.grad(together.square().sum(), inputs)
     monkeypatch.setattr(functions, "WAVES_AT_ONCE", 1)
+    monkeypatch.setattr(functions, "WAVES_KEPT", kept)
     alone = functions.cosine(*inputs)
     assert torch.allclose(together, alone)
     for one, other in zip(gradients, torch.autograd.grad(alone.square().sum(), inputs), strict=True):

@@ -38,8 +38,11 @@ def kept(result):
 
 def test_two_shares_merged_equal_the_single_run_bit_for_bit(smoke_home, workers, numbers, tmp_path):
     facts = shares.merge(workers, tmp_path)
-    assert facts["brought"] == {"adapter": 4, "group": 2, "network": 1, "samples": 4}
+    assert facts["brought"] == {"adapter": 4, "adapters": 2, "network": 1, "samples": 4}
     assert facts["known"] == 1, "the base of the second share is the same"
+    base = numbers(tmp_path)[f"{next((tmp_path / 'artefacts').glob('network-*')).name}/result.safetensors"]
+    for adapter in (tmp_path / "artefacts").glob("adapter-*/result.safetensors"):
+        assert read_tensors(adapter)[1]["base"] == base, "an adapter does not say over which base it was learned"
     brought = numbers(tmp_path)
     result = list(continual.run(SMOKE, home=tmp_path))[-1]
     assert kept(result) == kept(Run.of(SMOKE, smoke_home).results())
