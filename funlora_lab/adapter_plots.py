@@ -172,6 +172,9 @@ def cost_and_score(table: pd.DataFrame, measure: str, label: str) -> Figure:
             table.index[i], (line["PPC"], line[measure]), textcoords="offset points", xytext=(6, 4), fontsize=8
         )
     axis.set_xscale("log")
+    axis.margins(x=0.12)
+    axis.set_xticks(ticks := sorted(set(table["PPC"])), [f"{n:,.0f}" for n in ticks], fontsize=8)
+    axis.minorticks_off()
     axis.set_xlabel("parameters per class")
     axis.set_ylabel(label)
     return figure
