@@ -4,7 +4,6 @@ Everything is inside the file (pictures as data, no script, no link), so it can 
 """
 
 import dataclasses
-import json
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from funlora_lab import __version__, markup, panels, pictures, runs
+from funlora_lab.certificate import verify
 from funlora_lab.config import Experiment
-from funlora_lab.disk import read_lines, write_atomically
+from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
 
@@ -127,14 +127,21 @@ def class_table(opened: OpenRun) -> pd.DataFrame:
 
 
 def certificate(opened: OpenRun) -> str:
-    """The fingerprints the run stored after every task, and whether any changed; or that it stored none."""
-    entries = [event for event in opened.events if event["event"] == "certificate"]
-    for file in sorted(opened.run.folder.glob("certificate*.json*")):
-        found = read_lines(file) if file.suffix == ".jsonl" else json.loads(file.read_text())
-        entries += found if isinstance(found, list) else [found]
-    if not entries:
+    """What verifying the run finds now: a badge, and what is unchanged class by class and task by task."""
+    taken = [event for event in opened.events if event["event"] == "certificate"]
+    if not taken:
         return "<p>This run stored no certificate.</p>"
-    return f'<div class="wide"><pre>{escape(json.dumps(entries, indent=1))}</pre></div>'
+    try:
+        found = verify(opened.run, opened.runtime.device)
+    except LabError as reason:
+        return str(markup.problem(reason))
+    words = f"{len(found.compared)} comparisons, nothing changed" if found.unchanged else "something changed"
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in found.notes + found.sentences())
+    network = taken[-1]["backbone"]["sha256"]
+    return (
+        f"<p>{markup.badge(found.unchanged, words)}</p>{markup.table(found.table())}{said}"
+        f"<p>SHA-256 of the frozen network: <code>{network}</code></p>"
+    )
 
 
 def _settings(experiment: Experiment) -> str:

@@ -13,7 +13,7 @@ from funlora_lab.opened import OpenRun
 from funlora_lab.workbench_parts import Panel, control, row
 
 MOST = 12  # functions that have sliders
-REACH = 8.0  # of a slider, farther when its number lies farther
+PONDERATIONS, FREQUENCIES = (-8.0, 8.0), (0.0, 20.0)  # where sliders end, farther when a number lies farther
 START = -1  # in place of a class: the numbers that training starts from
 SIZES = (8, 16, 32, 64, 128)
 LABELS = {
@@ -26,14 +26,14 @@ LABELS = {
 }
 
 
-def _slider(number: int) -> widgets.FloatSlider:
+def _slider(number: int, low: float, high: float) -> widgets.FloatSlider:
     layout = widgets.Layout(width="46px", height="170px")
     settings = {"orientation": "vertical", "readout_format": ".1f", "layout": layout}
-    return widgets.FloatSlider(value=0.0, min=-REACH, max=REACH, step=0.1, description=str(number), **settings)
+    return widgets.FloatSlider(value=0.0, min=low, max=high, step=0.1, description=str(number), **settings)
 
 
-def _sliders() -> list[widgets.FloatSlider]:
-    return [_slider(number) for number in range(1, MOST + 1)]
+def _sliders(low: float, high: float) -> list[widgets.FloatSlider]:
+    return [_slider(number, low, high) for number in range(1, MOST + 1)]
 
 
 class FunctionsPanel(Panel):
@@ -56,7 +56,7 @@ class FunctionsPanel(Panel):
         self.source = control(widgets.Dropdown, "numbers", START, "240px", options=[("as training starts", START)])
         self.layer = control(widgets.Dropdown, "layer", START, "120px", options=[("–", START)])
         self._offer_learned()
-        self.ponderations, self.frequencies = _sliders(), _sliders()
+        self.ponderations, self.frequencies = _sliders(*PONDERATIONS), _sliders(*FREQUENCIES)
         self.exponents_name = widgets.HTML()
         self.note = widgets.HTML()
         self.milliseconds = 0.0
@@ -137,7 +137,7 @@ class FunctionsPanel(Panel):
             slider.layout.display = "" if there else "none"
             if there:
                 value = float(values[i])
-                slider.min, slider.max = min(-REACH, value), max(REACH, value)
+                slider.min, slider.max = min(slider.min, value), max(slider.max, value)
                 slider.value = value
 
     def numbers(self) -> dict:

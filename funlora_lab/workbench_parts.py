@@ -34,7 +34,7 @@ def button(description: str, act: Callable[[], None], icon: str = "", kind: str 
 
 def card() -> widgets.Image:
     """A place for a matplotlib figure: a white card with round corners, on light and dark alike."""
-    made = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+    made = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", align_self="flex-start"))
     return made.add_class("funlora-card")
 
 

@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import ipywidgets as widgets
+import pandas as pd
 
 from funlora_lab import markup, plots, runs
 from funlora_lab.config import METHODS, PRESETS, override, preset
@@ -72,7 +73,9 @@ class RunsPanel(Panel):
     def refresh(self) -> None:
         """Read all runs again."""
         frame = self.table()
-        self.show(lambda: Markup(markup.table(frame.drop(columns=["preset"]).set_index("run"))))
+        shown = frame.drop(columns=["preset"]).set_index("run")
+        shown["PPC"] = ["–" if pd.isna(number) else f"{number:,}" for number in shown["PPC"]]
+        self.show(lambda: Markup(markup.table(shown)))
         names = frame["run"].tolist()
         if names != list(self.chosen.options):
             new = set(self.started) - set(self.chosen.options)  # a started run shows its curve as soon as it has one

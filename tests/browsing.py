@@ -151,7 +151,8 @@ def screenshots(target: Path, preset: str) -> None:
                 _use(page)
                 for name in PANELS:
                     panel(page, name).screenshot(path=target / f"{name}-{theme.lower()}.png")
-                page.set_viewport_size({"width": 1500, "height": 1000})
+                page.set_viewport_size({"width": 1300, "height": 1500})
+                panel(page, "functions").locator("svg").first.scroll_into_view_if_needed()
                 page.screenshot(path=target / f"page-{theme.lower()}.png")
 
 

@@ -474,7 +474,7 @@ def test_training_stops_at_once_and_goes_on_later(bench, home):
         return read_tensors(state())[1]["step"]
 
     def state() -> Path:
-        return max((home / "artefacts").glob("group-*/state.safetensors"), key=lambda path: path.stat().st_mtime)
+        return max((home / "artefacts").glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime)
 
     first = train_past(0)
     second = train_past(first)
@@ -528,6 +528,10 @@ def test_the_report_panel_writes_a_page(bench, opened):
     done(panel.job)
     page = panel.path.read_text()
     assert f"{opened.results['LA']:.4f}" in page
+    assert "comparisons, nothing changed" in page
+    assert len(re.findall(r"<td>unchanged</td>", page)) > 20
+    assert "<script" not in page
+    assert not re.findall(r"(?:src|href)=.http", page)
     assert str(panel.path) in panel.picture.value
 
 
