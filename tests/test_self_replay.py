@@ -34,7 +34,7 @@ def test_it_shares_the_base_with_funlora_and_trains_more_at_every_task(replayed,
 
 
 def test_the_key_of_the_base_leaves_out_what_only_adapters_depend_on(replayed):
-    other = generators.SelfReplay(replace(replayed.work, experiment=replayed.experiment.but(attention_rank=2)))
+    other = generators.SelfReplay(replace(replayed.work, experiment=replayed.experiment.but(lora_attention_rank=2)))
     exhaust(other.learn(0))
     assert other.key == replayed.learner_after(1).key
 
