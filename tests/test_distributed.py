@@ -49,7 +49,7 @@ def test_two_processes_stopped_and_resumed_train_the_base_of_one(tmp_path):
     with pytest.raises(Stopped):  # first by one process
         list(shares.learn(EXPERIMENT, Runtime(stop=lambda: "Enough." if next(asked) == 7 else None), tmp_path / "two"))
     state = next((tmp_path / "two" / "artefacts").glob("network-*/state.safetensors"))
-    assert read_tensors(state)[1]["step"] == 7
+    assert 0 < read_tensors(state)[1]["step"] < ASK_EVERY
     stopped = torchrun(tmp_path / "two", "--classes", "6:7", "--minutes", "0.0001")
     assert stopped.count("Everything is saved") == 1, "process 0 alone speaks"
     assert read_tensors(state)[1]["step"] == ASK_EVERY

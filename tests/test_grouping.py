@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from fault_harness import EXPERIMENT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,15 @@ from funlora_lab.grouping import adapters_of, difference, grouping_table
 
 TINY = EXPERIMENT.but(split="6-4")  # task 2 brings the classes 6 to 9
 TOLERANCE = 1e-4  # between groups of different sizes, whose sums are rounded differently
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads divide a batch, and so round, by a class's place in it; one adds up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,6 @@ torch.set_num_threads(int(sys.argv[3]))
 from test_grouping import TINY, adapters_of, fingerprint
 print(*(fingerprint(row) for row in adapters_of(TINY, Path(sys.argv[1])).values()))
 """
-    import torch
-
     words = [tmp_path, Path(__file__).parent, str(torch.get_num_threads())]
     printed = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=os.environ)
     _, seen = trained

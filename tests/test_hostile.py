@@ -193,7 +193,7 @@ def test_a_read_only_folder_still_shows_a_finished_run(home, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
     events = exhaust(continual.run(EXPERIMENT, home=home))
     assert all(event["replayed"] for event in events)
-    opened = OpenRun(Run.of(EXPERIMENT, home), events[-1], Runtime())
+    opened = OpenRun(Run.of(EXPERIMENT, home), Runtime())
     assert opened.samples(9).shape[0] == EXPERIMENT.samples_per_class
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
 
@@ -213,7 +213,9 @@ def test_a_folder_with_another_configuration_is_refused_with_the_difference(home
     config["experiment"]["adapter_batch"] = 99
     del config["experiment"]["solver"]
     run.config_file.write_text(json.dumps(config))
-    with pytest.raises(LabError, match="adapter_batch is 99 there and 16 here; solver is absent there and euler here"):
+    with pytest.raises(
+        LabError, match="adapter_batch is 99 there and 16 here; solver is midpoint there and euler here"
+    ):
         exhaust(continual.run(EXPERIMENT, home=home))
 
 
