@@ -92,7 +92,8 @@ class Stage:
 
         ``runtime`` (training.py) is told who is waited for, and may refuse, or stop the waiting.
         """
-        runtime.check()
+        if runtime.team.size == 1:  # of several processes none may leave while the others go on
+            runtime.check()
         make_folder(self.folder)
         with locked(self.folder, runtime.check, runtime.tell):
             clear_leftovers(self.folder)

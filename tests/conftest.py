@@ -1,5 +1,9 @@
 """Every test works in folders of its own: no test reads or writes the runs or figures of the clone."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process started: bits are compared, and they depend on it
+
 import pytest
 
 from funlora_lab import continual
