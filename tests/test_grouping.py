@@ -20,15 +20,6 @@ TINY = EXPERIMENT.but(split="6-4")  # task 2 brings the classes 6 to 9
 TOLERANCE = 1e-4  # between groups of different sizes, whose sums are rounded differently
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads divide a batch, and so round, by a class's place in it; one adds up in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(folder of the base, size of the group and class -> the adapter first seen so)."""
@@ -45,14 +36,10 @@ def test_order_and_grouping_do_not_matter(trained, later, lanes, later_tasks):
         for network in base.glob("artefacts/network-*"):
             shutil.copytree(network, Path(home) / "artefacts" / network.name)
         rows = adapters_of(TINY.but(class_order=order, lanes=lanes, split=f"6-{4 // later_tasks}"), Path(home))
-        sizes = {
-            cls: len(group)
-            for first in range(0, 4, 4 // later_tasks)
-            for task in [later[first : first + 4 // later_tasks]]
-            for start in range(0, len(task), lanes)
-            for group in [task[start : start + lanes]]
-            for cls in group
-        }
+        per_task = 4 // later_tasks  # more lanes than that are filled with the classes of the tasks that follow
+        together = [later] if lanes > per_task else [later[i : i + per_task] for i in range(0, 4, per_task)]
+        groups = [part[i : i + lanes] for part in together for i in range(0, len(part), lanes)]
+        sizes = {cls: len(group) for group in groups for cls in group}
     for cls, row in rows.items():
         assert fingerprint(row) == fingerprint(seen.setdefault((sizes[cls], cls), row))
         assert difference(row, seen[4, cls]) < TOLERANCE

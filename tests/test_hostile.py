@@ -213,9 +213,7 @@ def test_a_folder_with_another_configuration_is_refused_with_the_difference(home
     config["experiment"]["adapter_batch"] = 99
     del config["experiment"]["solver"]
     run.config_file.write_text(json.dumps(config))
-    with pytest.raises(
-        LabError, match="adapter_batch is 99 there and 16 here; solver is midpoint there"
-    ):
+    with pytest.raises(LabError, match="adapter_batch is 99 there and 16 here; solver is midpoint there"):
         exhaust(continual.run(EXPERIMENT, home=home))
 
 

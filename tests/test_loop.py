@@ -16,6 +16,12 @@ from funlora_lab.training import Runtime
 SMOKE = preset("smoke")
 
 
+@pytest.fixture(scope="module")
+def own_home(smoke_home, tmp_path_factory):
+    """A copy of the finished smoke run's home, to train other methods in."""
+    return shutil.copytree(smoke_home, tmp_path_factory.mktemp("own") / "home")
+
+
 def test_learning_more_tasks_leaves_backbone_adapters_and_samples_bit_for_bit_unchanged(smoke_run):
     learner = FrozenBase(smoke_run.work)
     exhaust(learner.learn(0))
@@ -63,26 +69,26 @@ def test_a_second_run_reads_the_first(smoke_home):
     assert events[-1]["event"] == "result"
 
 
-def test_every_method_runs_to_its_result_over_the_same_base(smoke_home):
-    networks = set(smoke_home.glob("artefacts/network-*"))
+def test_every_method_runs_to_its_result_over_the_same_base(own_home):
+    networks = set(own_home.glob("artefacts/network-*"))
     for method in METHODS:
-        opened = open_run(SMOKE.but(method=method), "cpu", home=smoke_home)
+        opened = open_run(SMOKE.but(method=method), "cpu", home=own_home)
         assert 0 <= opened.results["LA"] <= 1, method
         stored = json.loads(opened.run.results_file.read_text())
         assert stored | {"run": str(opened.run.folder)} == opened.results  # where it lies is never stored
         if isinstance(opened.learner, FrozenBase):
-            assert set(smoke_home.glob("artefacts/network-*")) >= networks
+            assert set(own_home.glob("artefacts/network-*")) >= networks
             assert opened.learner.key == next(iter(networks)).name.removeprefix("network-"), method
 
 
-def test_operations_run_through_the_loop(smoke_home):
+def test_operations_run_through_the_loop(own_home):
     sizes = {
-        operation: open_run(SMOKE.but(operation=operation), "cpu", home=smoke_home).results["PPC"]
+        operation: open_run(SMOKE.but(operation=operation), "cpu", home=own_home).results["PPC"]
         for operation in ("mul", "add", "mul-add")
     }
     assert sizes["mul-add"] == 2 * sizes["mul"] == 2 * sizes["add"]
 
 
-def test_fine_tuning_changes_the_samples_of_old_classes(smoke_home):
-    opened = open_run(SMOKE.but(method="fine-tune"), "cpu", home=smoke_home)
+def test_fine_tuning_changes_the_samples_of_old_classes(own_home):
+    opened = open_run(SMOKE.but(method="fine-tune"), "cpu", home=own_home)
     assert not torch.equal(opened.samples_after(1)[0], opened.samples_after(3)[0])
