@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funlora_lab import classfiles, continual
 from funlora_lab.data import Dataset, Images
-from funlora_lab.disk import make_folder, write_atomically
+from funlora_lab.disk import make_folder, safe_name, write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.folders import read_picture
 from funlora_lab.generators import FrozenBase, Work
@@ -118,8 +118,7 @@ def export(opened: OpenRun, learned: OwnClass) -> Path:
     """Write the class as a file that ``funlora import`` brings into any run over the same base; returns its path."""
     folder = opened.run.folder / "exported"
     make_folder(folder)
-    word = "".join(letter if letter.isalnum() else "-" for letter in learned.name)[:40]
-    path = folder / f"{learned.cls}-{word}.safetensors"
+    path = folder / f"{learned.cls}-{safe_name(learned.name)}.safetensors"
     base = classfiles.base_fingerprint(opened.network)
     row, adapters = learned.learner.rows[learned.cls], opened.adapters
     write_atomically(path, classfiles.content(adapters, row, base, learned.cls, learned.name))
