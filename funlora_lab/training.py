@@ -188,16 +188,19 @@ def fit(
                 f"The loss of {' '.join(f'{k} {v}' for k, v in labels[lane].items())} was not finite at step "
                 f"{step - len(losses) + when + 1}; the state saved before it is kept, a lower learning rate may help."
             )
-        if not torch.stack([value.isfinite().all() for value in parameters.values()]).all():
+        return losses
+
+    def check_weights(step: int) -> None:
+        if not torch.stack(torch._foreach_norm(list(parameters.values()))).isfinite().all():
             raise LabError(
                 f"The weights of the {labels[0]['stage']} were not finite after step {step}; "
                 "the state saved before it is kept, a lower learning rate may help."
             )
-        return losses
 
     def save(step: int) -> None:
         nonlocal last_save, save_cost
         before = time.monotonic()
+        check_weights(step)
         tensors = {f"{prefix}/{name}": v for prefix, group in groups.items() for name, v in group.items()}
         tensors |= _named_state(optimizer, parameters) | {"losses": checked(step)}
         stage.save_state(tensors, step=step, seconds=elapsed())
@@ -239,5 +242,6 @@ def fit(
         rest = max(runtime.save_seconds, 20 * save_cost) if runtime.save_seconds else 0
         if done < plan.steps and time.monotonic() - last_save >= rest:
             save(done)
+    check_weights(plan.steps)
     averaged = average if average and plan.ema_start < plan.steps else parameters
     return {name: value.detach() for name, value in averaged.items()}, {"seconds": elapsed(), "steps": plan.steps}

@@ -59,11 +59,16 @@ def best_form(device: torch.device, weight: Tensor) -> str:
     return "grouped" if weight[0].numel() < 2**17 else "one by one"
 
 
-def _classes(x: Tensor, weight: Tensor) -> int:
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """x (B, I, H, W) with one kernel, weight (O, I, k, k), or one per class, (K, O, I, k, k) -> (B, O, H', W')"""
+    if weight.dim() == 4:
+        return F.conv2d(x, weight, bias, stride, padding)
     K = weight.shape[0]
     if x.shape[0] % K:
         raise ValueError(f"a batch of {x.shape[0]} images cannot hold the same number of each of {K} classes")
-    return K
+    if K == 1:
+        return F.conv2d(x, weight[0], bias, stride, padding)
+    return FORMS[best_form(x.device, weight)](x, weight, bias, stride, padding)
 
 
 class Conv2d(nn.Conv2d):
@@ -81,28 +86,27 @@ class Conv2d(nn.Conv2d):
         if self.affine is not None:
             scale, shift = self.affine.repeat(x.shape[0] // self.affine.shape[0], 1, 1)[..., None, None].unbind(1)
             x = scale * x + shift
-        if self.weight.dim() == 4:
-            return super().forward(x)
-        if _classes(x, self.weight) == 1:
-            return self._conv_forward(x, self.weight[0], self.bias)
-        form = FORMS[best_form(x.device, self.weight)]
-        return form(x, self.weight, self.bias, self.stride[0], self.padding[0])
+        return convolved(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
-class Conv1d(nn.Conv1d):
-    """``nn.Conv1d`` of width 1 (the attention's projections) that also runs with one kernel per class.
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, HW, d), fused but for bf16 on a CPU.
 
-    It runs as one matrix product over positions and returns a view whose channels lie side by side in memory: the
-    order in which fused attention can read queries, keys and values (it falls back to slow matrix products otherwise).
+    There the fused kernel multiplies in fp32: 13.2 ms forward and backward against 6.3 at CIFAR size (batch 8).
     """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Projection(nn.Conv1d):
+    """The attention's projections: ADM keeps them as 1-d convolutions of width 1, here they run on images, 1 x 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 3:
-            return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
-        K = _classes(x, self.weight)
-        x = x.reshape(x.shape[0] // K, K, *x.shape[1:])
-        y = torch.einsum("nkit,koi->nkto", x, self.weight[..., 0]).flatten(0, 1)
-        return (y + self.bias.to(y.dtype)).transpose(1, 2)
+            return F.linear(x.permute(0, 2, 3, 1), self.weight[..., 0], self.bias).permute(0, 3, 1, 2)
+        return convolved(x, self.weight[..., None], self.bias, 1, 0)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -113,6 +117,21 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` whose CPU masks take 16 random bits a value: PyTorch's own take a step's twentieth at CIFAR size.
+
+    The rate is thus rounded to a multiple of 2^-16, and the values kept are scaled by exactly the rate used.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = round(self.p * 2**16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view_as(x) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -176,7 +195,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(math.gcd(groups, out_channels), out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = out_channels == channels
@@ -198,15 +217,15 @@ class Attention(nn.Module):
             )
         self.heads = channels // head_channels
         self.norm = GroupNorm(math.gcd(groups, channels), channels)
-        self.qkv = Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(Conv1d(channels, channels, 1))
+        self.qkv = Projection(channels, 3 * channels, 1)
+        self.proj_out = zeroed(Projection(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x).reshape(B, C, H * W)).reshape(B, self.heads, 3 * C // self.heads, H * W)
-        q, k, v = (part.transpose(2, 3) for part in qkv.chunk(3, dim=2))  # (B, heads, HW, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
-        return x + self.proj_out(h).reshape(B, C, H, W)
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, as fused attention reads them
+        q, k, v = qkv.reshape(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)  # (B, heads, HW, C / heads)
+        h = attended(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return x + self.proj_out(h.permute(0, 3, 1, 2))
 
 
 class UNet(nn.Module):
