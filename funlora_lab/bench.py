@@ -20,7 +20,7 @@ from funlora_lab.adapters import Adapters, stack
 from funlora_lab.config import Experiment
 from funlora_lab.contenders import BASE, Contenders, PerImage, Turn, torchcfm_unet
 from funlora_lab.continual import provenance
-from funlora_lab.generators import build_unet
+from funlora_lab.network import build_unet
 from funlora_lab.training import Runtime
 
 LANES = (1, 5, 20)  # classes side by side in the comparison at a constant number of images

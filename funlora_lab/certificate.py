@@ -19,9 +19,11 @@ from funlora_lab import data
 from funlora_lab.disk import fingerprint, parse_tensors, read_tensors
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, noise
-from funlora_lab.generators import WholeNetwork, Work, generator_of
+from funlora_lab.generators import generator_of
+from funlora_lab.network import WholeNetwork
 from funlora_lab.store import Run, Store
 from funlora_lab.training import Event, Runtime
+from funlora_lab.work import Work
 
 IMAGES = 4  # of each class, drawn anew for every certificate
 SOLVER = Solver("euler", 2)  # passes every weight twice; the images need not be good, only sensitive

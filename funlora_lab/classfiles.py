@@ -17,7 +17,7 @@ import torch
 from funlora_lab.adapters import LABEL, Adapters, Row
 from funlora_lab.disk import canonical, fingerprint, packed, read_tensors
 from funlora_lab.errors import LabError
-from funlora_lab.generators import FrozenBase
+from funlora_lab.frozen import FrozenBase
 from funlora_lab.store import Run
 from funlora_lab.unet import UNet
 

@@ -18,11 +18,13 @@ from funlora_lab.config import Experiment
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
-from funlora_lab.generators import FrozenBase, Work, build_unet
+from funlora_lab.frozen import FrozenBase
+from funlora_lab.network import build_unet
 from funlora_lab.sampling import draw_chunk
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 from funlora_lab.unet import FORMS
+from funlora_lab.work import Work
 
 Turn = Callable[[], None]
 FOREVER = 2**40  # images: no benchmark reaches the end of a training

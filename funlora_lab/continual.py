@@ -28,12 +28,13 @@ from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.disk import clear_leftovers, locked, make_folder
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
-from funlora_lab.generators import Source, Work, generator_of, sample_stage
+from funlora_lab.generators import generator_of
 from funlora_lab.sampling import draw
 from funlora_lab.speed import sent
 from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
+from funlora_lab.work import Source, Work, sample_stage
 
 
 def provenance(device: torch.device, dataset: Dataset) -> dict:

@@ -5,6 +5,10 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+# a singular value counts when it exceeds this share of the largest: about what float32, in which adapters are learned
+# and applied, tells from rounding in matrices of a hundred rows (100 * 1.2e-7)
+TOLERANCE = 1e-5
+
 
 def average_accuracies(matrix: list[list[float] | None]) -> list[float | None]:
     """A_k = mean over j <= k of a_{k,j} (Eq. 22) for every k; ``matrix[k][j]`` is the accuracy on task j after k.
@@ -35,7 +39,7 @@ def singular_values(F: Tensor) -> Tensor:
     return torch.linalg.svdvals(F.double())
 
 
-def numerical_rank(F: Tensor, tolerance: float = 1e-6) -> Tensor:
+def numerical_rank(F: Tensor, tolerance: float = TOLERANCE) -> Tensor:
     """Singular values of F (..., O, I) above ``tolerance`` times the largest, counted in float64 -> (...)."""
     values = singular_values(F)
     return (values > tolerance * values[..., :1]).sum(-1)

@@ -17,11 +17,14 @@ from funlora_lab.adapters import Adapters, Row
 from funlora_lab.config import Experiment
 from funlora_lab.disk import locked, make_folder, write_atomically
 from funlora_lab.errors import LabError
-from funlora_lab.generators import FrozenBase, Source, WholeNetwork, Work, generator_of
+from funlora_lab.frozen import FrozenBase
+from funlora_lab.generators import generator_of
+from funlora_lab.network import WholeNetwork
 from funlora_lab.sampling import draw
 from funlora_lab.store import Run, Store
 from funlora_lab.training import Event, Runtime
 from funlora_lab.unet import UNet
+from funlora_lab.work import Source, Work
 
 
 def exhaust(events) -> object:

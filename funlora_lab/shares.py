@@ -18,10 +18,12 @@ from funlora_lab.config import Experiment
 from funlora_lab.continual import provenance, sample_stage
 from funlora_lab.disk import fingerprint, locked, make_folder, read_tensors, write_atomically
 from funlora_lab.errors import LabError
-from funlora_lab.generators import FrozenBase, Work, generator_of
+from funlora_lab.frozen import FrozenBase
+from funlora_lab.generators import generator_of
 from funlora_lab.sampling import draw
 from funlora_lab.store import FORMAT, Run, home, key_of
 from funlora_lab.training import Event, Runtime
+from funlora_lab.work import Work
 
 
 def positions(words: str, tasks: list[list[int]]) -> list[int]:

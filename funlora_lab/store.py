@@ -146,8 +146,13 @@ class Stage:
         """Save the result; the artefact counts as finished from this moment on."""
         sync(self.log_file)
         self.write(self.result_file, tensors, facts)
-        with writing(self.state_file):
-            self.state_file.unlink(missing_ok=True)
+        self.forget_progress()
+
+    def forget_progress(self) -> None:
+        """Delete the saved progress of a finished artefact: again, where a run died before it had come to that."""
+        if self.state_file.exists():
+            with writing(self.state_file):
+                self.state_file.unlink(missing_ok=True)
 
 
 class Store:

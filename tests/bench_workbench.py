@@ -7,10 +7,10 @@ import statistics
 import sys
 import time
 
-from funlora_lab import panels
 from funlora_lab.config import preset
 from funlora_lab.opened import open_run
-from funlora_lab.workbench import Workbench
+from funlora_lab.workbench import panels
+from funlora_lab.workbench.page import Workbench
 
 
 def main(name: str) -> None:

@@ -275,6 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--every", type=int, default=1, help="fail only every N-th request to the disk")
+    parser.add_argument("--at", type=int, help="fail only this request, in all three ways")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -286,8 +287,12 @@ def main() -> int:
         while harness.report["kills"] < arguments.kills:
             harness.kill(number)
             number += 1
-        for at in range(arguments.seed % arguments.every, harness.requests, arguments.every):
-            harness.fail(at, WAYS[at // arguments.every % len(WAYS)])
+        if arguments.at is not None:
+            for way in WAYS:
+                harness.fail(arguments.at, way)
+        else:
+            for at in range(arguments.seed % arguments.every, harness.requests, arguments.every):
+                harness.fail(at, WAYS[at // arguments.every % len(WAYS)])
         for number in range(arguments.pairs):
             harness.pair(number)
     finally:  # an interrupted harness still says what it saw

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from funlora_lab import analysis, config, functions, metrics
+from funlora_lab import config, functions, metrics
 from funlora_lab.adapters import Adapters
-from funlora_lab.designs import scaled_window
-from funlora_lab.generators import build_unet
+from funlora_lab.network import build_unet
+from funlora_lab.studies import analysis
+from funlora_lab.studies.designs import scaled_window
 
 
 def of_rank(k: int, outputs: int = 24, inputs: int = 40) -> torch.Tensor:

@@ -10,9 +10,9 @@ import urllib.request
 import pytest
 from browsing import jupyterlab, missing, page_of, panel, press, run_all
 
-from funlora_lab import report, runs
 from funlora_lab.config import preset
 from funlora_lab.opened import open_run
+from funlora_lab.workbench import report, runs
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")
 

@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from funlora_lab import budget, continual
+from funlora_lab import continual
 from funlora_lab.config import preset
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, noise
 from funlora_lab.opened import open_run
+from funlora_lab.studies import budget
 
 
 @pytest.fixture(scope="module")

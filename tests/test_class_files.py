@@ -12,7 +12,7 @@ from funlora_lab.adapters import Adapters
 from funlora_lab.config import PRESETS
 from funlora_lab.disk import read_tensors, write_tensors
 from funlora_lab.errors import LabError
-from funlora_lab.generators import build_unet
+from funlora_lab.network import build_unet
 from funlora_lab.opened import OpenRun, open_folder, open_run
 from funlora_lab.store import Run
 

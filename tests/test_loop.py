@@ -8,10 +8,11 @@ import torch
 
 from funlora_lab import continual
 from funlora_lab.config import METHODS, preset
-from funlora_lab.generators import FrozenBase, Work
+from funlora_lab.frozen import FrozenBase
 from funlora_lab.opened import exhaust, open_run
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
+from funlora_lab.work import Work
 
 SMOKE = preset("smoke")
 

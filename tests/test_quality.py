@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from funlora_lab import classifier, fidelity, quality
+from funlora_lab import classifier
 from funlora_lab.__main__ import main
 from funlora_lab.config import preset
 from funlora_lab.errors import LabError
 from funlora_lab.opened import open_run
+from funlora_lab.studies import fidelity, quality
 
 
 def normal(*shape, seed=0):

@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 
-from funlora_lab import adapter_plots, continual, designs, sweeps, tables
+from funlora_lab import continual
 from funlora_lab.__main__ import main
 from funlora_lab.config import Experiment, preset
 from funlora_lab.errors import LabError
 from funlora_lab.opened import exhaust, open_run
 from funlora_lab.store import Run
+from funlora_lab.studies import adapter_plots, designs, sweeps, tables
 
 TINY = preset("smoke").but(
     base_images=64,

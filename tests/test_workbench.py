@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 
 import funlora_lab
-from funlora_lab import explore, markup, metrics, ownclass, panels, runs
+from funlora_lab import metrics
 from funlora_lab.config import FUNCTIONAL_METHODS, SOLVERS, preset
 from funlora_lab.disk import read_lines, read_tensors
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
 from funlora_lab.opened import OpenRun, open_run
-from funlora_lab.plots import tile
 from funlora_lab.store import Run
+from funlora_lab.studies.plots import tile
+from funlora_lab.workbench import explore, markup, ownclass, panels, runs
 
 widgets = pytest.importorskip("ipywidgets")
-from funlora_lab import workbench  # noqa: E402
-from funlora_lab.workbench_runs import CURVES  # noqa: E402
-from funlora_lab.workbench_samples import VIEWS  # noqa: E402
+from funlora_lab.workbench.page import Workbench  # noqa: E402
+from funlora_lab.workbench.runs_tab import CURVES  # noqa: E402
+from funlora_lab.workbench.samples_tab import VIEWS  # noqa: E402
 
 SMALL = preset("smoke")
 PATIENCE = 120  # seconds, for a thread on a loaded machine
@@ -43,7 +44,7 @@ def opened(home):
 
 @pytest.fixture(scope="module")
 def bench(opened):
-    return workbench.Workbench(opened)
+    return Workbench(opened)
 
 
 def rank_in(html: str) -> int:
@@ -68,7 +69,7 @@ def test_every_function_shows_the_rank_of_the_matrix_it_draws(bench, method):
     panel = bench.functions
     panel.method.value = method
     view = panel.view()
-    assert rank_in(panel.picture.value) == view.rank == np.linalg.matrix_rank(view.F.double().numpy(), rtol=1e-6)
+    assert rank_in(panel.picture.value) == view.rank == np.linalg.matrix_rank(view.F.numpy(), rtol=metrics.TOLERANCE)
     assert view.rank <= view.bound
     assert f"of at most {view.bound} " in panel.picture.value
     drawn = markup.pixels_of(panel.picture.value)
@@ -408,10 +409,11 @@ def test_a_bad_setting_is_refused_in_a_sentence_before_anything_starts(bench):
 
 
 def test_words_give_the_experiment_back():
-    from funlora_lab.__main__ import _experiment, _parser
+    from funlora_lab.__main__ import _parser
+    from funlora_lab.commands import experiment_of
 
     experiment = SMALL.but(seed=3, method="power", multipliers=(1, 1, 2), flip=True, adapter_lr=0.02)
-    assert _experiment(_parser().parse_args(["run", *runs.words(experiment)])) == experiment
+    assert experiment_of(_parser().parse_args(["run", *runs.words(experiment)])) == experiment
 
 
 # --- panel 5: a class of one's own --------------------------------------------------------------------------------
@@ -537,14 +539,16 @@ def test_the_report_panel_writes_a_page(bench, opened):
 
 def test_only_the_workbench_needs_jupyter():
     folder = Path(funlora_lab.__file__).parent
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
+        name = str(path.relative_to(folder))
         names = {
             alias.name.split(".")[0]
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
         }
-        assert ("ipywidgets" in names) <= path.stem.startswith("workbench"), path.name
+        shows = name in ("workbench/page.py", "workbench/parts.py") or name.endswith("_tab.py")
+        assert ("ipywidgets" in names) <= shows, name
 
 
 def test_rows_of_images_hold_the_images():

@@ -12,8 +12,8 @@ import ipywidgets as widgets
 import torch
 
 from funlora_lab.errors import LabError, Stopped
-from funlora_lab.markup import Markup, problem
 from funlora_lab.training import Event, Runtime
+from funlora_lab.workbench.markup import Markup, problem
 
 WIDE = {"description_width": "initial"}
 STOPPED = "Stopped; what was done is saved, and the same button goes on from there."

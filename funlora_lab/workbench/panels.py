@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from funlora_lab import explore, markup, plots
+from funlora_lab import metrics
 from funlora_lab.config import FUNCTIONAL_METHODS
-from funlora_lab.explore import FunctionView, Layer
 from funlora_lab.flow import Solver
-from funlora_lab.markup import Markup, svg_box, svg_image, svg_text
 from funlora_lab.opened import OpenRun
+from funlora_lab.studies import plots
+from funlora_lab.workbench import explore, markup
+from funlora_lab.workbench.explore import FunctionView, Layer
+from funlora_lab.workbench.markup import Markup, svg_box, svg_image, svg_text
 
 BLUE, ORANGE, GREY = "#2f83c4", "#d55e00", "#8a8a8a"
-TOLERANCE = 1e-6  # of numerical_rank: where the spectrum's line is drawn
 
 
 def around_one(values: Tensor) -> np.ndarray:
@@ -65,10 +66,10 @@ def function_picture(view: FunctionView) -> Markup:
                 f"singular value {i + 1}: {view.singular[i]:.3g}",
             )
         )
-    line = top + side * -np.log10(TOLERANCE) / floor
+    line = top + side * -np.log10(metrics.TOLERANCE) / floor
     parts += [
         f'<line x1="{x0}" x2="{x0 + chart}" y1="{line:.1f}" y2="{line:.1f}" stroke="{ORANGE}" stroke-dasharray="5 4"/>',
-        svg_text(x0 + chart, line - 5, "counted above this line: 1e-6 of the largest", "end", 11),
+        svg_text(x0 + chart, line - 5, f"counted above this line: {metrics.TOLERANCE:.0e} of the largest", "end", 11),
         svg_text(x0 - 6, top + 10, "1", "end", 11),
         svg_text(x0 - 6, top + side, "1e-9", "end", 11),
         svg_text(x0, top + side + 18, f"the {len(singular)} singular values of F, relative to the largest"),

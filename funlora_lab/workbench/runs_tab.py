@@ -6,13 +6,14 @@ from pathlib import Path
 import ipywidgets as widgets
 import pandas as pd
 
-from funlora_lab import markup, plots, runs
 from funlora_lab.config import METHODS, PRESETS, override, preset
 from funlora_lab.errors import LabError
-from funlora_lab.markup import Markup, problem
 from funlora_lab.opened import OpenRun
 from funlora_lab.store import Run
-from funlora_lab.workbench_parts import Panel, button, card, control, row
+from funlora_lab.studies import plots
+from funlora_lab.workbench import markup, runs
+from funlora_lab.workbench.markup import Markup, problem
+from funlora_lab.workbench.parts import Panel, button, card, control, row
 
 CURVES = ("accuracy", "losses of the base", "losses of the adapters", "losses of the classifiers")
 EVERY = 1.0  # seconds between two looks at running runs

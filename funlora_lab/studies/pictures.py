@@ -7,11 +7,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from funlora_lab import plots
 from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
 from funlora_lab.store import checkout
+from funlora_lab.studies import plots
 
 
 def figures_folder(preset: str) -> Path:

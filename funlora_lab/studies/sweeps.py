@@ -18,9 +18,9 @@ import torch
 
 from funlora_lab import continual
 from funlora_lab.config import WHOLE_NETWORK, Experiment
-from funlora_lab.designs import Cell
 from funlora_lab.opened import OpenRun, exhaust, open_run
 from funlora_lab.store import Run, home
+from funlora_lab.studies.designs import Cell
 from funlora_lab.training import Runtime
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from funlora_lab.disk import write_atomically
-from funlora_lab.pictures import figures_folder
+from funlora_lab.studies.pictures import figures_folder
 
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 

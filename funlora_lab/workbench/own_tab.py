@@ -5,11 +5,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from funlora_lab import markup, ownclass
 from funlora_lab.errors import LabError
-from funlora_lab.markup import Markup, problem
 from funlora_lab.opened import OpenRun
-from funlora_lab.workbench_parts import Job, Panel, button, control, row
+from funlora_lab.workbench import markup, ownclass
+from funlora_lab.workbench.markup import Markup, problem
+from funlora_lab.workbench.parts import Job, Panel, button, control, row
 
 LARGEST = 12  # pixels a side of an image that is drawn on buttons
 DARK, BRIGHT = "#20262e", "#f2c14e"

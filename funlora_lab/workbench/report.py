@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from funlora_lab import __version__, markup, panels, pictures, runs
+from funlora_lab import __version__
 from funlora_lab.certificate import verify
 from funlora_lab.config import Experiment
 from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
+from funlora_lab.studies import pictures
+from funlora_lab.workbench import markup, panels, runs
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

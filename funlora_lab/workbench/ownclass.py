@@ -15,10 +15,11 @@ from funlora_lab.data import Dataset, Images
 from funlora_lab.disk import make_folder, safe_name, write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.folders import read_picture
-from funlora_lab.generators import FrozenBase, Work
+from funlora_lab.frozen import FrozenBase
 from funlora_lab.opened import OpenRun
 from funlora_lab.sampling import draw
 from funlora_lab.training import Event, Runtime
+from funlora_lab.work import Work
 
 LEAST = 2  # images of a class: one to learn from and one to be scored on
 

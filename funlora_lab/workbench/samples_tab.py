@@ -5,13 +5,13 @@ from functools import cache
 
 import ipywidgets as widgets
 
-from funlora_lab import explore, panels, runs
 from funlora_lab.config import SOLVERS
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
-from funlora_lab.markup import Markup
 from funlora_lab.opened import OpenRun, open_folder
-from funlora_lab.workbench_parts import Job, Panel, button, control, row
+from funlora_lab.workbench import explore, panels, runs
+from funlora_lab.workbench.markup import Markup
+from funlora_lab.workbench.parts import Job, Panel, button, control, row
 
 VIEWS = ("one row a class", "the same noise after every task", "the same noise in several runs", "from noise to image")
 FACTORS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)

@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from funlora_lab import quality
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
+from funlora_lab.studies import quality
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 EXTRACTOR = "inception-v3-compat"  # the 2015 network of the first FID, as torch-fidelity registers it

@@ -2,12 +2,12 @@
 
 import ipywidgets as widgets
 
-from funlora_lab import explore, markup, panels
 from funlora_lab.errors import LabError
-from funlora_lab.explore import MEASURES
-from funlora_lab.markup import Markup
 from funlora_lab.opened import OpenRun
-from funlora_lab.workbench_parts import Panel, card, control, row
+from funlora_lab.workbench import explore, markup, panels
+from funlora_lab.workbench.explore import MEASURES
+from funlora_lab.workbench.markup import Markup
+from funlora_lab.workbench.parts import Panel, card, control, row
 
 MEAN = "mean of all"
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from funlora_lab import markup, report, runs
 from funlora_lab.config import override, preset
 from funlora_lab.errors import LabError
-from funlora_lab.markup import Markup
 from funlora_lab.opened import OpenRun, open_folder, open_run
 from funlora_lab.store import Run
-from funlora_lab.workbench_functions import FunctionsPanel
-from funlora_lab.workbench_layers import LayersPanel
-from funlora_lab.workbench_own import OwnClassPanel
-from funlora_lab.workbench_parts import Job, Panel, button, control, row, told
-from funlora_lab.workbench_runs import RunsPanel
-from funlora_lab.workbench_samples import SamplesPanel
+from funlora_lab.workbench import markup, report, runs
+from funlora_lab.workbench.functions_tab import FunctionsPanel
+from funlora_lab.workbench.layers_tab import LayersPanel
+from funlora_lab.workbench.markup import Markup
+from funlora_lab.workbench.own_tab import OwnClassPanel
+from funlora_lab.workbench.parts import Job, Panel, button, control, row, told
+from funlora_lab.workbench.runs_tab import RunsPanel
+from funlora_lab.workbench.samples_tab import SamplesPanel
 
 
 class ReportPanel(Panel):

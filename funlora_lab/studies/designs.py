@@ -12,7 +12,7 @@ import torch
 
 from funlora_lab.config import METHODS, PRESETS, WHOLE_NETWORK, Experiment, preset
 from funlora_lab.errors import LabError
-from funlora_lab.generators import build_unet
+from funlora_lab.network import build_unet
 from funlora_lab.store import Run
 from funlora_lab.unet import conv_layers
 

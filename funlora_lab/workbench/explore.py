@@ -17,9 +17,11 @@ from funlora_lab.config import FUNCTIONAL_METHODS, Experiment, preset
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, Velocity
-from funlora_lab.generators import FrozenBase, WholeNetwork, build_unet
+from funlora_lab.frozen import FrozenBase
+from funlora_lab.network import WholeNetwork, build_unet
 from funlora_lab.opened import OpenRun
 from funlora_lab.streams import stream
+from funlora_lab.studies import analysis
 from funlora_lab.unet import conv_layers
 
 MEASURES = ("change of the weights", "importance (Eq. 20)", "rank of F")
@@ -27,7 +29,7 @@ MEASURES = ("change of the weights", "importance (Eq. 20)", "rank of F")
 
 @dataclass(frozen=True)
 class FunctionView:
-    """A (O,), B (I,), F (O, I), its singular values, how many exceed 1e-6 of the largest, the formula's bound."""
+    """A (O,), B (I,), F (O, I), its singular values, how many of them count (numerical_rank), the formula's bound."""
 
     method: str
     A: Tensor
@@ -59,8 +61,8 @@ def function_view(method: str, numbers: Row, ratio: int = 1) -> FunctionView:
     function, _, _ = FUNCTIONAL_METHODS[method]
     p = len(numbers["ponderation"]) if "ponderation" in numbers else 1
     e = preset("digits").but(method=method, functions=p, ratio=ratio)
-    F = adapters.functional_matrix(e, {name: value[None] for name, value in numbers.items()})[0]
-    singular = torch.linalg.svdvals(F.double())
+    F = adapters.functional_matrix(e, {name: value[None].double() for name, value in numbers.items()})[0]
+    singular = metrics.singular_values(F)
     free = 1 if function == "shift" else ratio  # a shift by less than r tears repeated entries apart
     bound = functions.rank_bound(function, p, F.shape[0] // free, F.shape[1] // free)
     A, B = (numbers[name].repeat_interleave(ratio) for name in "AB")
@@ -68,11 +70,11 @@ def function_view(method: str, numbers: Row, ratio: int = 1) -> FunctionView:
 
 
 def layer_numbers(opened: OpenRun, cls: int, layer: int) -> Row:
-    """What class ``cls`` learned for convolution ``layer`` (its index among all), on the CPU."""
+    """What class ``cls`` learned for convolution ``layer`` (its index among all), in float64 on the CPU."""
     name = adapted_layers(opened).get(layer)
     if name is None:
         raise LabError(f"Layer {layer} is not adapted: accepted is one of {_listed(adapted_layers(opened))}.")
-    return {key.rpartition("/")[2]: v for key, v in opened.row(cls).items() if key.rpartition("/")[0] == name}
+    return analysis.by_layer(opened.row(cls))[name]
 
 
 def _listed(values) -> str:
@@ -271,8 +273,7 @@ def layer_values(opened: OpenRun, measure: str) -> pd.DataFrame:
                     raise LabError(f"The method {e.method} has no A and B: choose another measure.")
                 values.append(metrics.importance(numbers["A"], numbers["B"]))
             else:
-                F = adapters.functional_matrix(e, {key: value[None] for key, value in numbers.items()})
-                values.append(int(metrics.numerical_rank(F)[0]))
+                values.append(int(metrics.numerical_rank(analysis.matrix(opened, numbers))))
         result[opened.known[cls]] = values
     return pd.DataFrame.from_dict(result, orient="index", columns=list(layers)).rename_axis("class")
 

@@ -5,12 +5,12 @@ import time
 import ipywidgets as widgets
 import torch
 
-from funlora_lab import explore, panels
 from funlora_lab.config import FUNCTIONAL_METHODS, STARTS
 from funlora_lab.errors import LabError
-from funlora_lab.markup import Markup, problem
 from funlora_lab.opened import OpenRun
-from funlora_lab.workbench_parts import Panel, control, row
+from funlora_lab.workbench import explore, panels
+from funlora_lab.workbench.markup import Markup, problem
+from funlora_lab.workbench.parts import Panel, control, row
 
 MOST = 12  # functions that have sliders
 PONDERATIONS, FREQUENCIES = (-8.0, 8.0), (0.0, 20.0)  # where sliders end, farther when a number lies farther

@@ -14,14 +14,10 @@ from torch import Tensor
 from funlora_lab import functions, metrics
 from funlora_lab.adapters import Adapters, Row, functional_matrix, stack
 from funlora_lab.config import FUNCTIONAL_METHODS, Experiment
-from funlora_lab.generators import build_unet
+from funlora_lab.network import build_unet
 from funlora_lab.opened import OpenRun
 from funlora_lab.streams import stream
 from funlora_lab.unet import conv_layers
-
-# a singular value counts when it exceeds this share of the largest: about what float32, in which adapters are learned
-# and applied, tells from rounding in matrices of a hundred rows (100 * 1.2e-7)
-TOLERANCE = 1e-5
 
 
 def parts(experiment: Experiment) -> list[str]:
@@ -32,15 +28,21 @@ def parts(experiment: Experiment) -> list[str]:
     return [words[name.split(".")[0]] for name in names]
 
 
+def by_layer(row: Row) -> dict[str, Row]:
+    """A class's numbers in float64, for each layer by its name."""
+    layers: dict[str, Row] = {}
+    for key, value in row.items():
+        layer, _, name = key.rpartition("/")
+        layers.setdefault(layer, {})[name] = value.double()
+    return layers
+
+
 def numbers(opened: OpenRun) -> Iterator[tuple[int, int, Row]]:
     """(class, index of the convolution, its numbers in float64) for every class after task 1 and adapted layer."""
     index = {name: i for i, name in enumerate(conv_layers(opened.network))}
     for task in opened.tasks[1:]:
         for cls in task:
-            layers: dict[str, Row] = {}
-            for key, value in opened.row(cls).items():
-                layer, _, name = key.rpartition("/")
-                layers.setdefault(layer, {})[name] = value.double()
+            layers = by_layer(opened.row(cls))
             for layer in opened.adapters.layers:
                 yield cls, index[layer], layers[layer]
 
@@ -65,7 +67,7 @@ def matrix(opened: OpenRun, row: Row) -> Tensor:
     return functional_matrix(opened.experiment, stack([row]))[0]
 
 
-def ranks(runs: Iterable[OpenRun], tolerance: float = TOLERANCE) -> pd.DataFrame:
+def ranks(runs: Iterable[OpenRun], tolerance: float = metrics.TOLERANCE) -> pd.DataFrame:
     """Numerical rank of F, the bound its formula sets, and how many singular values count by their entropy."""
 
     def values(opened: OpenRun, row: Row):

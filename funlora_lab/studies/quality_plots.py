@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from funlora_lab.plots import COLOURS, INK, _figure, tile
+from funlora_lab.studies.plots import COLOURS, INK, _figure, tile
 
 MARKERS = "osD^v<>P"
 

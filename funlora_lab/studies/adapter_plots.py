@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from funlora_lab.plots import COLOURS, INK, MARKERS, _figure
+from funlora_lab.studies.plots import COLOURS, INK, MARKERS, _figure
 
 
 def _mark_parts(axis, parts: Sequence[str], heights: bool = True) -> None:
