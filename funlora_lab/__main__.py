@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("preset", help="taken in its small variant where it has one (digits: digits-small)")
     sweep.add_argument("--tables", default="windows,functions,operations,ratios,methods", help="names joined by commas")
+    sweep.add_argument("--row", action="append", default=[], dest="rows", help="only this row of them (repeatable)")
     sweep.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     sweep.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")

@@ -279,7 +279,7 @@ def sweep(arguments) -> None:
     if arguments.seeds < 1:
         raise LabError(f"seeds={arguments.seeds}: accepted is a whole number from 1 up.")
     base = override(designs.base_of(arguments.preset), arguments.settings)
-    wanted = designs.cells(arguments.tables.split(","), base, range(arguments.seeds))
+    wanted = designs.rows(designs.cells(arguments.tables.split(","), base, range(arguments.seeds)), arguments.rows)
     print(sweeps.status(wanted).to_string(), flush=True)
     if arguments.plan:
         print(f"What remains takes about {sweeps.estimate(wanted, arguments.device):.0f} s.")

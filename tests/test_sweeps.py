@@ -11,7 +11,7 @@ from funlora_lab.config import Experiment, preset
 from funlora_lab.errors import LabError
 from funlora_lab.opened import exhaust, open_run
 from funlora_lab.store import Run
-from funlora_lab.studies import adapter_plots, designs, sweeps, tables
+from funlora_lab.studies import adapter_plots, designs, pictures, sweeps, tables
 
 TINY = preset("smoke").but(
     base_images=64,
@@ -143,17 +143,35 @@ def test_table_one_of_the_paper_has_its_windows():
     assert list(designs.windows(preset("cifar10"))) == designs.PAPER_WINDOWS
 
 
+def test_changed_settings_have_a_folder_of_figures_of_their_own():
+    digits = preset("digits")
+    assert pictures.place(digits) == pictures.place(designs.base_of("digits")) == "digits"
+    assert pictures.place(digits.but(seed=3, method="power", data="folder", data_root="/elsewhere")) == "digits"
+    changed = designs.base_of("digits", "base_channels=32 adapter_images=64")
+    assert re.fullmatch("digits-[0-9a-f]{8}", pictures.place(changed))
+    assert pictures.place(changed) == pictures.place(changed.but(seed=1, data_root="/elsewhere"))
+    assert pictures.place(changed) != pictures.place(changed.but(adapter_images=65))
+
+
 def test_tables_are_written_in_three_forms(tmp_path, monkeypatch):
     import pandas as pd
 
     monkeypatch.setenv("FUNLORA_FIGURES", str(tmp_path))
     frame = pd.DataFrame({"LA %": ["97.1 ± 0.4", tables.NOT_RUN]}, index=["fun_lora", "other"])
-    tables.keep(frame, "smoke", "06-x", "A caption of 100 %")
+    tables.keep(frame, preset("smoke"), "06-x", "A caption of 100 %")
     text = {path.suffix: path.read_text() for path in (tmp_path / "smoke").iterdir()}
     assert "| fun_lora | 97.1 ± 0.4 |" in text[".md"]
     assert r"fun\_lora & 97.1 $\pm$ 0.4 \\" in text[".tex"]
     assert r"100 \%" in text[".tex"]
     assert pd.read_csv(tmp_path / "smoke" / "06-x.csv", index_col=0).loc["other", "LA %"] == tables.NOT_RUN
+
+
+def test_the_command_plans_some_rows_only(capsys):
+    words = ["sweep", "smoke", "--tables", "ratios,methods", "--row", "2", "--row", "kml", "--seeds", "2", "--plan"]
+    assert main(words) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ratios", "2", "0", "2"] in lines
+    assert ["methods", "2", "0", "2"] in lines
 
 
 def test_the_command_plans_a_sweep_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
@@ -171,6 +189,7 @@ def test_the_command_plans_a_sweep_and_leaves_nothing_behind(tmp_path, monkeypat
         (["sweep", "nosuch"], "Unknown preset 'nosuch'"),
         (["sweep", "smoke", "--tables", "nosuch"], "Unknown table 'nosuch'"),
         (["sweep", "smoke", "--seeds", "0"], "seeds=0: accepted"),
+        (["sweep", "smoke", "--tables", "ratios", "--row", "3"], "Unknown row '3': accepted are 1; 2; 4; 8"),
         (["sweep", "smoke", "--set", "nosuch=1"], "Unknown setting 'nosuch'"),
     ],
 )

@@ -98,7 +98,7 @@ def test_every_slider_of_the_functions_panel_changes_the_matrix(bench):
         assert not torch.equal(before, now)
         assert np.array_equal(markup.pixels_of(panel.picture.value)[2], panels.around_one(now))
         before = now
-    numbers = panel.numbers()
+    numbers = {name: value.double() for name, value in panel.numbers().items()}
     assert numbers["frequency"][1] == pytest.approx(panel.frequencies[1].value, abs=1e-6)
     expected = torch.cos(numbers["frequency"][:, None, None] * (numbers["A"][:, None] * numbers["B"][None]))
     assert torch.allclose(now, (numbers["ponderation"][:, None, None] * expected).mean(0), atol=1e-5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from funlora_lab.config import METHODS, PRESETS, WHOLE_NETWORK, Experiment, preset
+from funlora_lab.config import METHODS, PRESETS, WHOLE_NETWORK, Experiment, override, preset
 from funlora_lab.errors import LabError
 from funlora_lab.network import build_unet
 from funlora_lab.store import Run
@@ -21,9 +21,12 @@ PAPER_WINDOWS = "0-64 5-54 15-44 15-54 25-44 25-54 35-54 40-54 45-54 40-49 45-49
 FEW_WINDOWS = "0-64 5-54 15-44 25-44 25-54 40-54 45-49".split()  # those that stay apart in a smaller network
 
 
-def base_of(name: str) -> Experiment:
-    """The experiment that tables of a preset vary: its small variant (``digits-small``) where it has one."""
-    return preset(f"{name}-small" if f"{name}-small" in PRESETS else name)
+def base_of(name: str, settings: str = "") -> Experiment:
+    """The experiment that tables of a preset vary: its small variant (``digits-small``) where it has one.
+
+    ``settings`` are further ``key=value`` words with spaces between them.
+    """
+    return override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), settings.split())
 
 
 def _network(base: Experiment):
@@ -183,3 +186,12 @@ def cells(tables: list[str], base: Experiment, seeds) -> list[Cell]:
         for row, experiment in TABLES[name](base).items()
         for seed in seeds
     ]
+
+
+def rows(wanted: list[Cell], names: list[str]) -> list[Cell]:
+    """The cells of the rows of these names, or all when there are none; raises LabError for an unknown row."""
+    known = dict.fromkeys(cell.row for cell in wanted)
+    for name in names:
+        if name not in known:
+            raise LabError(f"Unknown row '{name}': accepted are {'; '.join(known)}.")
+    return [cell for cell in wanted if not names or cell.row in names]

@@ -1,5 +1,6 @@
 """The pictures every run leaves in its folder, and the figures the notebooks keep in the clone."""
 
+import dataclasses
 import json
 import os
 from io import BytesIO
@@ -7,32 +8,47 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from funlora_lab.config import PRESETS, Experiment
 from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
-from funlora_lab.store import checkout
+from funlora_lab.store import checkout, key_of
 from funlora_lab.studies import plots
 
 
-def figures_folder(preset: str) -> Path:
-    """Where notebooks keep figures and results: ``figures/<preset>`` of the clone, or of FUNLORA_FIGURES."""
+def place(experiment: Experiment) -> str:
+    """The name of an experiment's folder of figures: its preset, and a digest of what was changed of it, if anything.
+
+    A small variant keeps its tables beside the figures of its preset. Seed and method are named in the figures, and
+    where images lie is no change.
+    """
+    original = dataclasses.asdict(PRESETS[experiment.preset])
+    changed = {name: value for name, value in dataclasses.asdict(experiment).items() if value != original[name]}
+    for name in ("seed", "method", "data", "data_root"):
+        changed.pop(name, None)
+    name = experiment.preset.removesuffix("-small")
+    return f"{name}-{key_of(changed)[:8]}" if changed else name
+
+
+def figures_folder(experiment: Experiment) -> Path:
+    """Where notebooks keep figures and results: ``figures/<place>`` of the clone, or of FUNLORA_FIGURES."""
     chosen = os.environ.get("FUNLORA_FIGURES")
     if not chosen and not checkout():
         raise LabError("There is no clone to keep figures in: set FUNLORA_FIGURES to a folder.")
-    folder = (Path(chosen) if chosen else checkout() / "figures") / preset
+    folder = (Path(chosen) if chosen else checkout() / "figures") / place(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def keep(figure: Figure, preset: str, name: str) -> Figure:
-    """Save a notebook's figure as ``figures/<preset>/<name>.png`` and hand it back to be shown."""
-    figure.savefig(figures_folder(preset) / f"{name}.png")
+def keep(figure: Figure, experiment: Experiment, name: str) -> Figure:
+    """Save a notebook's figure as ``<name>.png`` in the experiment's folder of figures; hand it back to be shown."""
+    figure.savefig(figures_folder(experiment) / f"{name}.png")
     return figure
 
 
-def keep_results(preset: str, name: str, results: list[dict]) -> None:
-    """Put results under ``name`` in ``figures/<preset>/results.json``, leaving what other notebooks put there."""
-    path = figures_folder(preset) / "results.json"
+def keep_results(experiment: Experiment, name: str, results: list[dict]) -> None:
+    """Put results under ``name`` in the folder's ``results.json``, leaving what other notebooks put there."""
+    path = figures_folder(experiment) / "results.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = results
     write_atomically(path, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from funlora_lab.config import Experiment
 from funlora_lab.disk import write_atomically
 from funlora_lab.studies.pictures import figures_folder
 
@@ -72,9 +73,9 @@ def latex(frame: pd.DataFrame, caption: str) -> str:
     return "\n".join([*head, *rules, r"\end{tabular}", r"\end{table}", ""])
 
 
-def keep(frame: pd.DataFrame, preset: str, name: str, caption: str) -> pd.DataFrame:
-    """Write ``figures/<preset>/<name>.md``, ``.csv`` and ``.tex`` and hand the table back to be shown."""
-    folder = figures_folder(preset)
+def keep(frame: pd.DataFrame, experiment: Experiment, name: str, caption: str) -> pd.DataFrame:
+    """Write ``<name>.md``, ``.csv`` and ``.tex`` to the experiment's folder of figures; hand the table back."""
+    folder = figures_folder(experiment)
     contents = {"md": markdown(frame, caption), "csv": frame.to_csv(), "tex": latex(frame, caption)}
     for ending, text in contents.items():
         write_atomically(Path(folder) / f"{name}.{ending}", text.encode())
