@@ -105,7 +105,9 @@ class Projection(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 3:
-            return F.linear(x.permute(0, 2, 3, 1), self.weight[..., 0], self.bias).permute(0, 3, 1, 2)
+            B, C, H, W = x.shape
+            pixels = x.permute(0, 2, 3, 1).reshape(B * H * W, C)  # in more dimensions PyTorch may repeat W
+            return F.linear(pixels, self.weight[..., 0], self.bias).view(B, H, W, -1).permute(0, 3, 1, 2)
         return convolved(x, self.weight[..., None], self.bias, 1, 0)
 
 
