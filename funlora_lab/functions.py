@@ -109,8 +109,10 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, W0: Tensor, F: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(W0)
-        spread = F.reshape(*F.shape, *[1] * (W0.dim() - 2))
-        return torch.stack([(W0 * one).to(dtype) for one in spread])
+        weights = W0.new_empty(len(F), *W0.shape, dtype=dtype)
+        for one, weight in zip(F.reshape(*F.shape, *[1] * (W0.dim() - 2)), weights, strict=True):
+            torch.mul(W0, one, out=weight)
+        return weights
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
