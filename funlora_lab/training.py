@@ -200,9 +200,10 @@ def fit(
     def save(step: int) -> None:
         nonlocal last_save, save_cost
         before = time.monotonic()
+        losses = checked(step)  # first: it knows the step at which it went wrong
         check_weights(step)
         tensors = {f"{prefix}/{name}": v for prefix, group in groups.items() for name, v in group.items()}
-        tensors |= _named_state(optimizer, parameters) | {"losses": checked(step)}
+        tensors |= _named_state(optimizer, parameters) | {"losses": losses}
         stage.save_state(tensors, step=step, seconds=elapsed())
         last_save = time.monotonic()
         save_cost = last_save - before
