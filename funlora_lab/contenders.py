@@ -19,11 +19,12 @@ from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.frozen import FrozenBase
+from funlora_lab.layers import FORMS
 from funlora_lab.network import build_unet
 from funlora_lab.sampling import draw_chunk
+from funlora_lab.speed import autocast
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
-from funlora_lab.unet import FORMS
 from funlora_lab.work import Work
 
 Turn = Callable[[], None]
@@ -102,7 +103,7 @@ class Contenders:
             y = images.labels[order].to(device)
             x0, t = torch.randn_like(x1), torch.rand(batch, device=device)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast(precision, device):
                 loss = flow_loss(lambda t, x: net(t, x, y), x1, x0, t).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), e.grad_clip)

@@ -38,6 +38,11 @@ def prepared(network: nn.Module, device: torch.device, compile: str = "auto") ->
     return network
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Compute in ``precision``: under bf16 convolutions and products are rounded, weights and their sums stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A small CPU tensor on the device, without waiting for what the device is doing."""
     if device.type != "cuda":

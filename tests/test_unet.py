@@ -11,7 +11,7 @@ from funlora_lab.config import PRESETS, preset
 from funlora_lab.contenders import PerImage, torchcfm_unet
 from funlora_lab.functions import scaled
 from funlora_lab.network import build_unet
-from funlora_lab.unet import FORMS, Dropout, Projection, attended, conv_layers
+from funlora_lab.unet import conv_layers
 
 CPU = torch.device("cpu")
 # sums of Cin + Cout over windows of the CIFAR network (Table I)
@@ -81,57 +81,6 @@ def test_torchcfm_state_loads_and_computes_the_same(name):
         expected = theirs(t, x, y)
         torch.testing.assert_close(ours(t, x, y), expected, atol=1e-5, rtol=1e-5)
     assert expected.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("k", "stride"), [(3, 1), (1, 1), (3, 2)])
-def test_forms_of_the_per_class_convolution_agree(form, k, stride):
-    torch.manual_seed(0)
-    K, N = 3, 4
-    x = torch.randn(N * K, 6, 8, 8, requires_grad=True)
-    weight = torch.randn(K, 5, 6, k, k, requires_grad=True)
-    bias = torch.randn(5)
-    y = FORMS[form](x, weight, bias, stride, k // 2)
-    expected = torch.stack(  # image by image, each with its class's kernel
-        [torch.nn.functional.conv2d(x[i : i + 1], weight[i % K], bias, stride, k // 2)[0] for i in range(N * K)]
-    )
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
-    grads = [torch.autograd.grad(out.square().sum(), (x, weight)) for out in (y, expected)]
-    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-5)
-
-
-def test_attention_projection_of_several_classes_agrees_with_one_at_a_time():
-    torch.manual_seed(0)
-    layer, x, weight = Projection(6, 5, 1), torch.randn(8, 6, 2, 5), torch.randn(2, 5, 6, 1)
-    y = torch.func.functional_call(layer, {"weight": weight}, x)
-    for k in range(2):
-        expected = torch.nn.functional.conv1d(x[k::2].flatten(2), weight[k], layer.bias)
-        torch.testing.assert_close(y[k::2].flatten(2), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_unfused_attention_in_bf16_agrees_with_the_fused_one_in_fp32():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, 16, 8).bfloat16()
-    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    torch.testing.assert_close(attended(q, k, v).float(), expected, atol=0.03, rtol=0)  # bf16 keeps 8 bits
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(p):
-    torch.manual_seed(0)
-    x = torch.ones(10, 100_001, requires_grad=True)  # no multiple of the four masks in a random number
-    layer = Dropout(p)
-    y = layer(x)
-    dropped, values = (y == 0).float(), y.detach().unique()
-    assert abs(dropped.mean() - p) < 5 * (p * (1 - p) / 1e6) ** 0.5
-    assert len(values) == 2
-    assert abs(values[1] * (1 - p) - 1) < 1e-4
-    for lag in (1, 4):  # neighbours do not know of each other, whichever part of a random number they come from
-        together = (dropped[:, lag:] * dropped[:, :-lag]).mean()
-        assert abs(together - p * p) < 5 * (p * p * (1 - p * p) / 1e6) ** 0.5
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # the gradient passes the same mask
-    assert torch.equal(layer.eval()(x), x)
 
 
 def test_classes_side_by_side_equal_each_alone_and_kernels_of_its_own_for_every_image():
