@@ -119,7 +119,7 @@ def unstack(rows: Row, K: int) -> list[Row]:
     return [{name: tensor[k].clone() for name, tensor in rows.items()} for k in range(K)]
 
 
-def _by_layer(rows: Row) -> dict[str, Row]:
+def by_layer(rows: Row) -> dict[str, Row]:
     """``"<layer>/<parameter>"`` -> layer -> parameter; a label embedding belongs to no layer."""
     layers: dict[str, Row] = {}
     for name, value in rows.items():
@@ -184,7 +184,7 @@ class Adapters:
         """Effective weights (K, O, I, ...) of every layer whose weights the method changes, by ``<layer>.weight``."""
         if self.method.weight is None:
             return {}
-        numbers = _by_layer(rows)
+        numbers = by_layer(rows)
         return {
             name + ".weight": self.method.weight(layer.weight.detach(), numbers[name], self.settings[name])
             for name, layer in self.layers.items()
@@ -194,7 +194,7 @@ class Adapters:
         """Scale and shift (K, 2, I) of the input of every layer whose input is changed, by ``<layer>.affine``."""
         if self.method.affine is None:
             return {}
-        numbers = _by_layer(rows)
+        numbers = by_layer(rows)
         return {name + ".affine": self.method.affine(numbers[name]) for name in self.layers}
 
     def velocity(self, rows: Row, K: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -103,8 +103,6 @@ def _print_result(result: dict, experiment: Experiment, runtime, begun: float, a
 
 
 def merge(arguments) -> None:
-    from pathlib import Path
-
     from funlora_lab import shares
 
     facts = shares.merge([Path(folder).expanduser() for folder in arguments.folders])
@@ -278,7 +276,7 @@ def sweep(arguments) -> None:
 
     if arguments.seeds < 1:
         raise LabError(f"seeds={arguments.seeds}: accepted is a whole number from 1 up.")
-    base = override(designs.base_of(arguments.preset), arguments.settings)
+    base = designs.base_of(arguments.preset, arguments.settings)
     wanted = designs.rows(designs.cells(arguments.tables.split(","), base, range(arguments.seeds)), arguments.rows)
     print(sweeps.status(wanted).to_string(), flush=True)
     if arguments.plan:
@@ -303,8 +301,6 @@ def lab(arguments) -> int:
 
 
 def report(arguments) -> None:
-    from pathlib import Path
-
     from funlora_lab.opened import open_folder
     from funlora_lab.workbench import report
 

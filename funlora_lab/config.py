@@ -225,8 +225,12 @@ class Experiment:
     @property
     def identity(self) -> dict:
         """The settings that differ from their defaults: what names a run's folder, whatever settings come later."""
-        defaults = dataclasses.asdict(Experiment())
-        return {name: value for name, value in dataclasses.asdict(self).items() if value != defaults[name]}
+        return self.unlike(Experiment())
+
+    def unlike(self, other: "Experiment") -> dict:
+        """The settings whose values differ from another experiment's."""
+        theirs = dataclasses.asdict(other)
+        return {name: value for name, value in dataclasses.asdict(self).items() if value != theirs[name]}
 
     def but(self, **changes) -> "Experiment":
         """A copy with some fields changed, validated again."""

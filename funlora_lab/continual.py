@@ -30,7 +30,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import generator_of
 from funlora_lab.sampling import draw
-from funlora_lab.speed import sent
+from funlora_lab.speed import autocast, sent
 from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
@@ -112,7 +112,7 @@ def _fit_classifier(work: Work, stage: Stage, net, classes: list[int], images: I
     def loss_at(step: int) -> Tensor:
         net.train()
         order = sent(shuffle.batch(step, batch), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=e.precision == "bf16"):
+        with autocast(e.precision, device):
             return classifiers.classifier_loss(net, e, local, order, step, "classifier", len(classes))[None]
 
     plan = Plan(steps, batch, e.classifier_lr, "one-cycle", log_every=e.log_every)

@@ -12,7 +12,8 @@ from funlora_lab.adapters import METHODS, Adapters, Row, stack, unstack
 from funlora_lab.data import Images
 from funlora_lab.disk import canonical, fingerprint, read_json, write_atomically
 from funlora_lab.flow import Velocity, flow_loss
-from funlora_lab.network import WholeNetwork, autocast, build_unet, noised
+from funlora_lab.network import WholeNetwork, build_unet, noised
+from funlora_lab.speed import autocast
 from funlora_lab.store import Stage
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, fit
@@ -145,7 +146,7 @@ class FrozenBase(WholeNetwork):
                 for cls, part, shuffle in zip(classes, images, shuffles, strict=True)
             ]
             x1, x0, t = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*batches, strict=True))  # (N*K, ...)
-            with autocast(e, device):
+            with autocast(e.precision, device):
                 return flow_loss(adapters.velocity(parameters, K), x1, x0, t).reshape(N, K).mean(0)
 
         plan = Plan(

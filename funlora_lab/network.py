@@ -9,7 +9,7 @@ from funlora_lab.config import Experiment
 from funlora_lab.data import Images, to_floats
 from funlora_lab.disk import fingerprint
 from funlora_lab.flow import Velocity, flow_loss
-from funlora_lab.speed import sent
+from funlora_lab.speed import autocast, sent
 from funlora_lab.store import Stage
 from funlora_lab.streams import Shuffle, seeded, stream
 from funlora_lab.training import Event, Plan, fit
@@ -30,27 +30,15 @@ UNET_FIELDS = (
 )
 
 
+def unet_settings(experiment: Experiment) -> dict:
+    """The experiment's settings that the U-Net is built from, by their names there."""
+    return {name: getattr(experiment, name) for name in UNET_FIELDS}
+
+
 def build_unet(experiment: Experiment, classes: int) -> UNet:
     """A fresh U-Net of the experiment's configuration; its first weights depend on the seed alone."""
-    e = experiment
-    with seeded(e.seed, "network weights", classes):
-        net = UNet(
-            e.image_size,
-            e.channels,
-            classes,
-            e.base_channels,
-            e.multipliers,
-            e.res_blocks,
-            e.attention,
-            e.head_channels,
-            e.norm_groups,
-            e.dropout,
-        )
-    return net
-
-
-def autocast(experiment: Experiment, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bf16")
+    with seeded(experiment.seed, "network weights", classes):
+        return UNet(classes=classes, **unet_settings(experiment))
 
 
 def noised(images: Images, order: Tensor, flip: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +69,7 @@ def train_network(work: Work, stage: Stage, net: UNet, images: Images, steps: in
         order = shuffle.batch(step, e.base_batch)
         x1, x0, t = noised(images, order, e.flip, stream(e.seed, name, step, device=device))
         x1, x0, t, y = team.part(x1, x0, t, images.labels[sent(order, device)])
-        with seeded(e.seed, name, "dropout", step, *team.key, device=device), autocast(e, device):
+        with seeded(e.seed, name, "dropout", step, *team.key, device=device), autocast(e.precision, device):
             return team.mean(flow_loss(lambda t, x: model(t, x, y), x1, x0, t), e.base_batch)[None]
 
     plan = Plan(
@@ -133,7 +121,7 @@ class WholeNetwork:
             seed=e.seed,
             flip=e.flip,
             precision=e.precision,
-            unet={name: getattr(e, name) for name in UNET_FIELDS},
+            unet=unet_settings(e),
             training=e.select("base_batch", "base_lr", "base_schedule", "base_warmup", "base_ema", "grad_clip"),
             **({"data": work.dataset.fingerprint} | inputs),
         )

@@ -14,6 +14,7 @@ from funlora_lab.config import Experiment
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import Damaged
 from funlora_lab.flow import Solver, Velocity, noise
+from funlora_lab.speed import autocast
 from funlora_lab.store import Stage
 from funlora_lab.training import Event, Runtime, memory_for
 
@@ -28,7 +29,7 @@ def draw_chunk(
     """(images in [-1, 1], evaluations of the network) of one whole chunk (chunk, C, H, W)."""
     size = experiment.image_size
     x0 = noise(experiment.seed, cls, chunk, (experiment.chunk, experiment.channels, size, size))
-    with torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bf16"):
+    with autocast(experiment.precision, device):
         return solver_of(experiment).integrate(velocity, x0.to(device))
 
 

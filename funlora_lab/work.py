@@ -29,8 +29,6 @@ class Work:
 
     def replay(self, stage: Stage) -> Iterator[Event]:
         """A finished stage's events as they were logged, marked as replayed."""
-        with suppress(LabError):  # in a folder that may only be read it stays
-            stage.forget_progress()
         for event in stage.events():
             yield {**event, "replayed": True}
 
@@ -42,6 +40,8 @@ class Work:
                 if not team.agree(stage.done):
                     yield from make()
                     return
+        with suppress(LabError):  # in a folder that may only be read it stays
+            stage.forget_progress()
         yield from self.replay(stage)
 
 

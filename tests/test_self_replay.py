@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from funlora_lab import generators
 from funlora_lab.config import preset
+from funlora_lab.generators import SelfReplay
+from funlora_lab.network import WholeNetwork
 from funlora_lab.opened import exhaust, open_run
 
 
@@ -34,7 +35,7 @@ def test_it_shares_the_base_with_funlora_and_trains_more_at_every_task(replayed,
 
 
 def test_the_key_of_the_base_leaves_out_what_only_adapters_depend_on(replayed):
-    other = generators.SelfReplay(replace(replayed.work, experiment=replayed.experiment.but(lora_attention_rank=2)))
+    other = SelfReplay(replace(replayed.work, experiment=replayed.experiment.but(lora_attention_rank=2)))
     exhaust(other.learn(0))
     assert other.key == replayed.learner_after(1).key
 
@@ -46,8 +47,8 @@ def test_it_trains_on_its_own_samples_of_old_classes_and_on_real_images_of_new_o
         seen[name] = images
         return real(self, name, labels, images, steps, **inputs)
 
-    real = generators.WholeNetwork.train
-    monkeypatch.setattr(generators.WholeNetwork, "train", spy)
+    real = WholeNetwork.train
+    monkeypatch.setattr(WholeNetwork, "train", spy)
     replayed.learner_after(3)
     before = replayed.samples_after(2)
     images, dataset = seen["self-replay-3"], replayed.work.dataset

@@ -147,7 +147,7 @@ def test_changed_settings_have_a_folder_of_figures_of_their_own():
     digits = preset("digits")
     assert pictures.place(digits) == pictures.place(designs.base_of("digits")) == "digits"
     assert pictures.place(digits.but(seed=3, method="power", data="folder", data_root="/elsewhere")) == "digits"
-    changed = designs.base_of("digits", "base_channels=32 adapter_images=64")
+    changed = designs.base_of("digits", ["base_channels=32", "adapter_images=64"])
     assert re.fullmatch("digits-[0-9a-f]{8}", pictures.place(changed))
     assert pictures.place(changed) == pictures.place(changed.but(seed=1, data_root="/elsewhere"))
     assert pictures.place(changed) != pictures.place(changed.but(adapter_images=65))

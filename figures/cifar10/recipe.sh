@@ -7,6 +7,7 @@
 #   DATA      where the images are: empty for torchvision's layout of CIFAR10, or "data=folder data_root=FOLDER"
 #   SETTINGS  further settings, key=value with spaces between them: to rehearse at toy size
 #   SEEDS     of cifar10-quick ("0 1 2")
+#   SAMPLES   images a class of the full run, of which "more" draws three times as many (5000)
 #   MINUTES   the length of a slice of a long run (9)
 #   OUT       where the benchmarks and the closing lines of runs go (this folder)
 set -euo pipefail

@@ -1,12 +1,11 @@
-"""Figures about layers, functions and methods: tidy tables of analysis.py and sweeps.py -> matplotlib Figure."""
+"""Figures about layers, functions and methods: tidy tables of analysis.py and sweeps.py -> Drawing."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from funlora_lab.studies.plots import COLOURS, INK, MARKERS, _figure
+from funlora_lab.studies.plots import COLOURS, INK, MARKERS, Drawing, drawing
 
 
 def _mark_parts(axis, parts: Sequence[str], heights: bool = True) -> None:
@@ -20,9 +19,9 @@ def _mark_parts(axis, parts: Sequence[str], heights: bool = True) -> None:
             axis.text(middle, 1.02, parts[start], transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
 
 
-def importance(frame: pd.DataFrame, parts: Sequence[str]) -> Figure:
+def importance(frame: pd.DataFrame, parts: Sequence[str]) -> Drawing:
     """Fig. 3: importance of every layer (x) and class (y), and below its mean over classes with their spread."""
-    figure, (top, bottom) = _figure(7.4, 5.2, 2, 1, sharex=True, height_ratios=[1.15, 1])
+    figure, (top, bottom) = drawing(7.4, 5.2, 2, 1, sharex=True, height_ratios=[1.15, 1])
     heat, line = top[0], bottom[0]
     table = frame.pivot_table(index="class", columns="layer", values="importance", sort=False)
     image = heat.imshow(table, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
@@ -41,13 +40,13 @@ def importance(frame: pd.DataFrame, parts: Sequence[str]) -> Figure:
     return figure
 
 
-def dots(table: pd.DataFrame, panels: dict[str, str], title: str = "", best: dict[str, str] | None = None) -> Figure:
+def dots(table: pd.DataFrame, panels: dict[str, str], title: str = "", best: dict[str, str] | None = None) -> Drawing:
     """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation.
 
     ``best`` marks a row by a filled band: measure-independent emphasis, row -> colour.
     """
     rows = list(table.index)
-    figure, axes = _figure(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
+    figure, axes = drawing(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
     for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
         for y, row in enumerate(rows):
             colour = (best or {}).get(row, COLOURS[0])
@@ -63,9 +62,9 @@ def dots(table: pd.DataFrame, panels: dict[str, str], title: str = "", best: dic
     return figure
 
 
-def ranks(frames: dict[str, pd.DataFrame], layers: Sequence[int]) -> Figure:
+def ranks(frames: dict[str, pd.DataFrame], layers: Sequence[int]) -> Drawing:
     """Fig. 4: numerical rank of F per layer: mean over classes and seeds, range as a band; dashes: formula's bound."""
-    figure, axes = _figure(7.4, 3.9)
+    figure, axes = drawing(7.4, 3.9)
     axis = axes[0, 0]
     for i, (name, frame) in enumerate(frames.items()):
         grouped = frame.groupby("layer")
@@ -82,9 +81,9 @@ def ranks(frames: dict[str, pd.DataFrame], layers: Sequence[int]) -> Figure:
     return figure
 
 
-def curves(frame: pd.DataFrame, x: str, y: str, by: str, labels: tuple[str, str]) -> Figure:
+def curves(frame: pd.DataFrame, x: str, y: str, by: str, labels: tuple[str, str]) -> Drawing:
     """Mean of ``y`` against ``x`` with its range as a band, one line for every value of ``by``."""
-    figure, axes = _figure(6.4, 3.4)
+    figure, axes = drawing(6.4, 3.4)
     axis = axes[0, 0]
     for i, (name, part) in enumerate(frame.groupby(by, sort=False)):
         grouped = part.groupby(x)[y]
@@ -98,9 +97,9 @@ def curves(frame: pd.DataFrame, x: str, y: str, by: str, labels: tuple[str, str]
     return figure
 
 
-def spectra(frames: dict[str, pd.DataFrame], tolerance: float) -> Figure:
+def spectra(frames: dict[str, pd.DataFrame], tolerance: float) -> Drawing:
     """Singular values over the largest, on a log scale: median over classes and layers, range as a band."""
-    figure, axes = _figure(7.4, 3.6)
+    figure, axes = drawing(7.4, 3.6)
     axis, floor = axes[0, 0], 1e-18
     for i, (name, frame) in enumerate(frames.items()):
         grouped = frame.assign(value=frame["value"].clip(lower=floor)).groupby("position")["value"]
@@ -115,11 +114,11 @@ def spectra(frames: dict[str, pd.DataFrame], tolerance: float) -> Figure:
     return figure
 
 
-def series(frame: pd.DataFrame, label: str, columns: int = 5) -> Figure:
+def series(frame: pd.DataFrame, label: str, columns: int = 5) -> Drawing:
     """Fig. 5: one panel a layer: every function: mean and spread over classes; dashes: the start."""
     layers = sorted(frame["layer"].unique())
     rows = -(-len(layers) // columns)
-    figure, axes = _figure(8, 1.35 * rows + 0.7, rows, columns, sharex=True, sharey=True)
+    figure, axes = drawing(8, 1.35 * rows + 0.7, rows, columns, sharex=True, sharey=True)
     for axis, layer in zip(axes.flat, layers, strict=False):
         grouped = frame[frame["layer"] == layer].groupby("function")
         mean, sd = grouped["value"].mean(), grouped["value"].std().fillna(0)
@@ -139,9 +138,9 @@ def series(frame: pd.DataFrame, label: str, columns: int = 5) -> Figure:
     return figure
 
 
-def rate_grid(frame: pd.DataFrame) -> Figure:
+def rate_grid(frame: pd.DataFrame) -> Drawing:
     """Held-out flow loss against Adam's rate, one line a method; the chosen rate is ringed."""
-    figure, axes = _figure(6.0, 3.2)
+    figure, axes = drawing(6.0, 3.2)
     axis = axes[0, 0]
     for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
         part = part.sort_values("rate")
@@ -158,9 +157,9 @@ def rate_grid(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def cost_and_score(table: pd.DataFrame, measure: str, label: str) -> Figure:
+def cost_and_score(table: pd.DataFrame, measure: str, label: str) -> Drawing:
     """Parameters a class (log x) against a measure with its spread, one labelled point a row."""
-    figure, axes = _figure(6.6, 3.8)
+    figure, axes = drawing(6.6, 3.8)
     axis = axes[0, 0]
     order = np.argsort(table["PPC"].to_numpy())
     for k, i in enumerate(order):

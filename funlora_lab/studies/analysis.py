@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funlora_lab import functions, metrics
-from funlora_lab.adapters import Adapters, Row, functional_matrix, stack
+from funlora_lab.adapters import Adapters, Row, by_layer, functional_matrix, stack
 from funlora_lab.config import FUNCTIONAL_METHODS, Experiment
 from funlora_lab.network import build_unet
 from funlora_lab.opened import OpenRun
@@ -28,13 +28,8 @@ def parts(experiment: Experiment) -> list[str]:
     return [words[name.split(".")[0]] for name in names]
 
 
-def by_layer(row: Row) -> dict[str, Row]:
-    """A class's numbers in float64, for each layer by its name."""
-    layers: dict[str, Row] = {}
-    for key, value in row.items():
-        layer, _, name = key.rpartition("/")
-        layers.setdefault(layer, {})[name] = value.double()
-    return layers
+def in_float64(numbers: Row) -> Row:
+    return {name: value.double() for name, value in numbers.items()}
 
 
 def numbers(opened: OpenRun) -> Iterator[tuple[int, int, Row]]:
@@ -44,7 +39,7 @@ def numbers(opened: OpenRun) -> Iterator[tuple[int, int, Row]]:
         for cls in task:
             layers = by_layer(opened.row(cls))
             for layer in opened.adapters.layers:
-                yield cls, index[layer], layers[layer]
+                yield cls, index[layer], in_float64(layers[layer])
 
 
 def _frame(runs: Iterable[OpenRun], values) -> pd.DataFrame:

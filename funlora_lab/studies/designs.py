@@ -3,7 +3,7 @@
 All rows of a seed share the base, the judge and the classifier of task 1 through the artefact store.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,12 @@ PAPER_WINDOWS = "0-64 5-54 15-44 15-54 25-44 25-54 35-54 40-54 45-54 40-49 45-49
 FEW_WINDOWS = "0-64 5-54 15-44 25-44 25-54 40-54 45-49".split()  # those that stay apart in a smaller network
 
 
-def base_of(name: str, settings: str = "") -> Experiment:
+def base_of(name: str, settings: Sequence[str] = ()) -> Experiment:
     """The experiment that tables of a preset vary: its small variant (``digits-small``) where it has one.
 
-    ``settings`` are further ``key=value`` words with spaces between them.
+    ``settings`` are further ``key=value`` words.
     """
-    return override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), settings.split())
+    return override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), list(settings))
 
 
 def _network(base: Experiment):

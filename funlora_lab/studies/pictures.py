@@ -1,12 +1,8 @@
 """The pictures every run leaves in its folder, and the figures the notebooks keep in the clone."""
 
-import dataclasses
 import json
 import os
-from io import BytesIO
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from funlora_lab.config import PRESETS, Experiment
 from funlora_lab.disk import write_atomically
@@ -14,6 +10,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
 from funlora_lab.store import checkout, key_of
 from funlora_lab.studies import plots
+from funlora_lab.studies.plots import Drawing
 
 
 def place(experiment: Experiment) -> str:
@@ -22,8 +19,7 @@ def place(experiment: Experiment) -> str:
     A small variant keeps its tables beside the figures of its preset. Seed and method are named in the figures, and
     where images lie is no change.
     """
-    original = dataclasses.asdict(PRESETS[experiment.preset])
-    changed = {name: value for name, value in dataclasses.asdict(experiment).items() if value != original[name]}
+    changed = experiment.unlike(PRESETS[experiment.preset])
     for name in ("seed", "method", "data", "data_root"):
         changed.pop(name, None)
     name = experiment.preset.removesuffix("-small")
@@ -40,9 +36,9 @@ def figures_folder(experiment: Experiment) -> Path:
     return folder
 
 
-def keep(figure: Figure, experiment: Experiment, name: str) -> Figure:
+def keep(figure: Drawing, experiment: Experiment, name: str) -> Drawing:
     """Save a notebook's figure as ``<name>.png`` in the experiment's folder of figures; hand it back to be shown."""
-    figure.savefig(figures_folder(experiment) / f"{name}.png")
+    write_atomically(figures_folder(experiment) / f"{name}.png", figure.png())
     return figure
 
 
@@ -57,8 +53,8 @@ def keep_results(experiment: Experiment, name: str, results: list[dict]) -> None
 UNFINISHED = ".pictures"  # lies in the folder while pictures are drawn
 
 
-def figures(opened: OpenRun, shown: int = 10) -> dict:
-    """name -> Figure: samples beside real images, losses, accuracy per task, confusion matrix."""
+def figures(opened: OpenRun, shown: int = 10) -> dict[str, Drawing]:
+    """name -> Drawing: samples beside real images, losses, accuracy per task, confusion matrix."""
     drawn = {}
     names = opened.classes
     everything = [cls for task in opened.tasks for cls in task]
@@ -90,8 +86,6 @@ def save(opened: OpenRun, folder: Path | None = None) -> list[Path]:
     write_atomically(folder / UNFINISHED, b"")
     for name, figure in figures(opened).items():
         paths.append(folder / f"{name}.png")
-        content = BytesIO()
-        figure.savefig(content, format="png")
-        write_atomically(paths[-1], content.getvalue())
+        write_atomically(paths[-1], figure.png())
     (folder / UNFINISHED).unlink(missing_ok=True)
     return paths

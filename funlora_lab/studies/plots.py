@@ -1,4 +1,4 @@
-"""Data -> matplotlib Figure, one function a figure; nothing here reads files or trains.
+"""Data -> Drawing (a matplotlib Figure), one function a figure; nothing here reads files or trains.
 
 Colours are told apart by colour-blind readers and in grey; every figure is legible at the size a notebook shows it.
 """
@@ -31,7 +31,8 @@ class Drawing(Figure):
         return small.getvalue()
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+def drawing(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs) -> tuple[Drawing, np.ndarray]:
+    """A drawing of that many inches and its axes (rows, columns), in the style all figures share."""
     figure = Drawing(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:
@@ -54,7 +55,7 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
 
 def sample_columns(
     columns: Sequence[tuple[str, dict[int, Tensor]]], order: Sequence[int], names: Sequence[str]
-) -> Figure:
+) -> Drawing:
     """A row a class, a column a source (real images, samples after task k, ...), some images of each side by side.
 
     ``columns`` pairs a title with images by class, uint8 (n, C, H, W) with the same n in a column; a class that a
@@ -63,7 +64,7 @@ def sample_columns(
     counts = [len(next(iter(images.values()))) for _, images in columns]
     C, H, W = next(iter(columns[0][1].values())).shape[1:]
     scale = min(0.34, 11 / sum(counts))  # inches an image
-    figure, axes = _figure(
+    figure, axes = drawing(
         scale * sum(counts) + 0.25 * len(columns) + 0.8,
         scale * len(order) * H / W + 0.5,
         1,
@@ -85,9 +86,9 @@ def sample_columns(
     return figure
 
 
-def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Figure:
+def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Drawing:
     """Losses against images seen, one line a name: ``losses[name] = (images, loss)``."""
-    figure, axes = _figure(6.4, 3.2)
+    figure, axes = drawing(6.4, 3.2)
     axis = axes[0, 0]
     for i, (name, (images, loss)) in enumerate(losses.items()):
         dashed = (i // len(COLOURS)) % 2
@@ -100,9 +101,9 @@ def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], 
     return figure
 
 
-def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Figure:
+def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Drawing:
     """A_k of Eq. 22 against the task number, one line a method, labelled at its end."""
-    figure, axes = _figure(6.8, 3.6)
+    figure, axes = drawing(6.8, 3.6)
     axis = axes[0, 0]
     for i, (name, values) in enumerate(curves.items()):
         tasks = range(1, len(values) + 1)
@@ -117,11 +118,11 @@ def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Drawing:
     """Confusion matrix: rows are true classes, columns what the classifier said, in per cent of the row."""
     counts = np.asarray(counts, float)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    figure, axes = _figure(0.42 * len(names) + 1.8, 0.42 * len(names) + 1.2)
+    figure, axes = drawing(0.42 * len(names) + 1.8, 0.42 * len(names) + 1.2)
     axis = axes[0, 0]
     axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axis.grid(False)

@@ -1,22 +1,20 @@
-"""Figures of the sampling budget, of image quality and of the growth of cost: data in, matplotlib Figure out."""
+"""Figures of the sampling budget, of image quality and of the growth of cost: data in, Drawing out."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
-from funlora_lab.studies.plots import COLOURS, INK, _figure, tile
-
-MARKERS = "osD^v<>P"
+from funlora_lab.studies.plots import COLOURS, INK, MARKERS, Drawing, drawing, tile
 
 
-def budget_lines(table: pd.DataFrame, value: str, title: str, floor: float | None = None) -> Figure:
+def budget_lines(table: pd.DataFrame, value: str, title: str, floor: float | None = None) -> Drawing:
     """``value`` against evaluations an image, one panel a number of images, one line a solver."""
     numbers = sorted(table["images"].unique())
-    figure, axes = _figure(2.6 * len(numbers) + 0.8, 3.1, 1, len(numbers), sharey=True)
+    figure, axes = drawing(2.6 * len(numbers) + 0.8, 3.1, 1, len(numbers), sharey=True)
     for axis, n in zip(axes[0], numbers, strict=True):
         for i, (solver, part) in enumerate(table[table["images"] == n].groupby("solver", sort=False)):
             part = part.sort_values("evaluations")
@@ -35,9 +33,9 @@ def budget_lines(table: pd.DataFrame, value: str, title: str, floor: float | Non
     return figure
 
 
-def budget_tables(ours: pd.DataFrame, theirs: pd.DataFrame) -> Figure:
+def budget_tables(ours: pd.DataFrame, theirs: pd.DataFrame) -> Drawing:
     """Two heatmaps of LA in per cent: Table VII as published, and ours; rows images, columns the sampler."""
-    figure, axes = _figure(
+    figure, axes = drawing(
         12, 0.34 * max(len(ours), len(theirs)) + 1.9, 1, 2, width_ratios=[len(theirs.columns), len(ours.columns)]
     )
     for axis, table, title in ((axes[0, 0], theirs, "paper, CIFAR100, RK4"), (axes[0, 1], ours, "ours")):
@@ -65,9 +63,9 @@ def heat(axis, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], 
             axis.text(j, i, form.format(value), ha="center", va="center", fontsize=7, color="white" if dark else INK)
 
 
-def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str, label: str) -> Figure:
-    """Every cell as a point, colour by solver and size by images; the front as a line with its settings written."""
-    figure, axes = _figure(7.6, 4)
+def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str, xlabel: str) -> Drawing:
+    """Every cell as a point, colour by solver and size by images; the front as a line, its settings numbered."""
+    figure, axes = drawing(9.2, 4)
     axis = axes[0, 0]
     for i, (solver, part) in enumerate(table.groupby("solver", sort=False)):
         size = 14 + 110 * part["images"] / table["images"].max()
@@ -75,21 +73,14 @@ def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str,
             part[cost], part[gain], size, color=COLOURS[i % len(COLOURS)], alpha=0.75, label=solver, linewidth=0
         )
     axis.plot(front[cost], front[gain], color=INK, linewidth=0.9, drawstyle="steps-post")
-    rows = front.to_dict("records")
-    for i, row in enumerate(rows):
-        last = row is rows[-1]
-        axis.annotate(
-            f"{row['solver']} {row['setting']}, {row['images']}",
-            (row[cost], row[gain]),
-            (0 if last else 4, -16 if i % 2 else 7),
-            textcoords="offset points",
-            ha="right" if last else "left",
-            fontsize=7,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-        )
+    settings = []
+    for i, row in enumerate(front.to_dict("records"), 1):
+        axis.annotate(str(i), (row[cost], row[gain]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        label = f"{row['solver']} {row['setting']}, {row['images']} images"
+        settings.append(Line2D([], [], marker=f"${i}$", color=INK, linestyle="none", markersize=5, label=label))
+    figure.legend(handles=settings, frameon=False, fontsize=8, loc="outside right upper", title="front")
     axis.set_xscale("log")
-    axis.set_xlabel(label)
+    axis.set_xlabel(xlabel)
     axis.set_ylabel(gain)
     legend = axis.legend(frameon=False, fontsize=8, loc="lower right")
     for handle in legend.legend_handles:
@@ -97,10 +88,10 @@ def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str,
     return figure
 
 
-def quality_bars(tables: dict[str, pd.DataFrame], measures: Sequence[str]) -> Figure:
+def quality_bars(tables: dict[str, pd.DataFrame], measures: Sequence[str]) -> Drawing:
     """A panel a measure, a group of classes a line: one point with its interval a source, real halves as the floor."""
     groups = list(dict.fromkeys(next(iter(tables.values()))["group"]))
-    figure, axes = _figure(3.0 * len(measures) + 0.9, 0.3 * len(groups) + 1.3, 1, len(measures), sharey=True)
+    figure, axes = drawing(3.0 * len(measures) + 0.9, 0.3 * len(groups) + 1.3, 1, len(measures), sharey=True)
     first = next(iter(tables.values()))
     sources = {name: table[table["of"] == "samples"] for name, table in tables.items()}
     sources = {"other real images": first[first["of"] == "real"]} | sources
@@ -119,10 +110,10 @@ def quality_bars(tables: dict[str, pd.DataFrame], measures: Sequence[str]) -> Fi
     return figure
 
 
-def neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]]) -> Figure:
+def neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]]) -> Drawing:
     """A line a class: samples (top) above their nearest training images (bottom), with the distance in grey levels."""
     count, (H, W) = len(rows[0][1]), rows[0][1].shape[2:]
-    figure, axes = _figure(0.46 * count + 1.2, 1.16 * len(rows) * H / W + 0.3, len(rows), 1)
+    figure, axes = drawing(0.46 * count + 1.2, 1.16 * len(rows) * H / W + 0.3, len(rows), 1)
     for (name, drawn, real, distance), axis in zip(rows, axes[:, 0], strict=True):
         sheet = tile(torch.cat([drawn, real]), count)
         axis.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -134,9 +125,9 @@ def neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]]) -> F
     return figure
 
 
-def cost_growth(costs: dict[str, pd.DataFrame]) -> Figure:
+def cost_growth(costs: dict[str, pd.DataFrame]) -> Drawing:
     """Seconds of every task stacked by kind of work, and images trained on; one group of bars a method."""
-    figure, axes = _figure(9.6, 3.3, 1, 2)
+    figure, axes = drawing(9.6, 3.3, 1, 2)
     left, right = axes[0]
     width = 0.8 / len(costs)
     for i, (name, table) in enumerate(costs.items()):
@@ -156,10 +147,10 @@ def cost_growth(costs: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def recognition_maps(tables: dict[str, pd.DataFrame]) -> Figure:
+def recognition_maps(tables: dict[str, pd.DataFrame]) -> Drawing:
     """A heatmap a method: recognition of every class (rows) after every task (columns), blank before it is learned."""
     first = next(iter(tables.values()))
-    figure, axes = _figure(3.2 * len(tables) + 0.6, 0.29 * len(first) + 1.1, 1, len(tables), sharey=True)
+    figure, axes = drawing(3.2 * len(tables) + 0.6, 0.29 * len(first) + 1.1, 1, len(tables), sharey=True)
     least = min(table.min(axis=None) for table in tables.values())
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         heat(axis, table.to_numpy(float), table.columns.astype(str), table.index.astype(str), vmin=least, vmax=1)
@@ -169,9 +160,9 @@ def recognition_maps(tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def decay_lines(tables: dict[str, pd.DataFrame], measure: str) -> Figure:
+def decay_lines(tables: dict[str, pd.DataFrame], measure: str) -> Drawing:
     """A measure of the classes of task 1 after every task, one line a method; other real images as the floor."""
-    figure, axes = _figure(6.4, 3.2)
+    figure, axes = drawing(6.4, 3.2)
     axis = axes[0, 0]
     for i, (name, table) in enumerate(tables.items()):
         part = table[(table["measure"] == measure) & (table["of"] == "samples")]

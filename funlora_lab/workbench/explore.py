@@ -74,7 +74,7 @@ def layer_numbers(opened: OpenRun, cls: int, layer: int) -> Row:
     name = adapted_layers(opened).get(layer)
     if name is None:
         raise LabError(f"Layer {layer} is not adapted: accepted is one of {_listed(adapted_layers(opened))}.")
-    return analysis.by_layer(opened.row(cls))[name]
+    return analysis.in_float64(adapters.by_layer(opened.row(cls))[name])
 
 
 def _listed(values) -> str:

@@ -69,5 +69,5 @@ class LayersPanel(Panel):
     def _show_layer(self) -> None:
         layer = self.layer.value
         classes = list(self.compared.value) or explore.new_classes(self.opened)
-        self.spectra.value = markup.figure_png(panels.layer_spectra(self.opened, layer, classes))
+        self.spectra.value = panels.layer_spectra(self.opened, layer, classes).png()
         self.show(lambda: Markup(markup.table(explore.layer_table(self.opened, layer))), self.table)

@@ -11,9 +11,10 @@ from html import escape
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from funlora_lab.studies.plots import Drawing
 
 STYLE = """<style>
 .funlora{color:var(--jp-content-font-color1,#222);font-family:var(--jp-content-font-family,system-ui,sans-serif);
@@ -114,15 +115,9 @@ def problem(sentence: object) -> Markup:
     return Markup(f'<div class="problem">{escape(str(sentence))}</div>')
 
 
-def figure(drawn: Figure, words: str = "") -> str:
-    """A matplotlib figure as an ``img`` on a white card."""
-    return f'<img class="figure" alt="{escape(words)}" src="{data_address(figure_png(drawn))}">'
-
-
-def figure_png(drawn: Figure) -> bytes:
-    file = io.BytesIO()
-    drawn.savefig(file, format="png")
-    return file.getvalue()
+def figure(drawn: Drawing, words: str = "") -> str:
+    """A drawing as an ``img`` on a white card."""
+    return f'<img class="figure" alt="{escape(words)}" src="{data_address(drawn.png())}">'
 
 
 def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") -> np.ndarray:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -246,9 +245,9 @@ def layer_heatmap(opened: OpenRun, measure: str, cls: str = "", chosen: int | No
     return unet_picture(explore.unet_layers(opened.experiment), values, title, chosen)
 
 
-def layer_spectra(opened: OpenRun, layer: int, classes: Sequence[int]) -> Figure:
+def layer_spectra(opened: OpenRun, layer: int, classes: Sequence[int]) -> plots.Drawing:
     """What classes learned for a layer: ponderations, frequencies or exponents, and the singular values of F."""
-    figure, axes = plots._figure(9.6, 2.9, 1, 3)
+    figure, axes = plots.drawing(9.6, 2.9, 1, 3)
     ponderation, frequency, spectrum = axes[0]
     for i, cls in enumerate(classes):
         numbers = explore.layer_numbers(opened, cls, layer)

@@ -107,7 +107,7 @@ class RunsPanel(Panel):
         self.curves.layout.display = "" if curves else "none"
         if curves:
             drawn = plots.accuracy_per_task(curves) if kind == CURVES[0] else plots.training_curves(curves, kind)
-            self.curves.value = markup.figure_png(drawn)
+            self.curves.value = drawn.png()
 
     def start(self) -> None:
         """Start (or resume) the run of the settings below, in a process of its own."""
