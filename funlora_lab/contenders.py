@@ -39,7 +39,14 @@ class Contenders:
     """
 
     def __init__(self, experiment: Experiment, runtime: Runtime, folder: Path, classes: int, steps: int):
-        self.experiment = experiment.but(method="funlora", base_images=FOREVER, adapter_images=FOREVER, lanes=0)
+        self.experiment = experiment.but(
+            method="funlora",
+            base_images=FOREVER,
+            adapter_images=FOREVER,
+            lanes=0,
+            base_ema_start=0,
+            adapter_ema_start=0,
+        )  # with the moving average from the first step, which the paper's presets start later
         self.runtime, self.folder, self.steps = runtime, folder, steps
         e = experiment
         pixels = torch.randint(0, 256, (64 * classes, e.channels, e.image_size, e.image_size), dtype=torch.uint8)
