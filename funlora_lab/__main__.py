@@ -5,8 +5,9 @@ import signal
 import sys
 
 from funlora_lab import __version__, commands
-from funlora_lab.config import METHODS, PRESETS
+from funlora_lab.config import METHODS
 from funlora_lab.errors import LabError
+from funlora_lab.presets import PRESETS
 
 
 def main(words: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from funlora_lab.config import METHODS, PRESETS, Experiment, override, preset
+from funlora_lab.config import METHODS, Experiment, override
 from funlora_lab.errors import LabError, Stopped
+from funlora_lab.presets import PRESETS, preset
 
 
 def experiment_of(arguments) -> Experiment:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from funlora_lab.config import preset as find_preset
 from funlora_lab.errors import LabError
+from funlora_lab.presets import preset as find_preset
 from funlora_lab.store import checkout, home
 
 Value = int | float | bool | str

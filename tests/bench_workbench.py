@@ -7,8 +7,8 @@ import statistics
 import sys
 import time
 
-from funlora_lab.config import preset
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 from funlora_lab.workbench import panels
 from funlora_lab.workbench.page import Workbench
 

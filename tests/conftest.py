@@ -8,9 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process started: bits a
 import pytest
 
 from funlora_lab import continual
-from funlora_lab.config import preset
 from funlora_lab.disk import fingerprint, read_tensors
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 
 
 @pytest.fixture(autouse=True)

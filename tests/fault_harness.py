@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 
 from funlora_lab import continual, data
-from funlora_lab.config import PRESETS
 from funlora_lab.disk import fingerprint, read_lines, read_tensors
 from funlora_lab.errors import LabError
+from funlora_lab.presets import PRESETS
 from funlora_lab.training import Runtime
 
 EXPERIMENT = PRESETS["smoke"].but(

@@ -11,9 +11,9 @@ import time
 import nbformat
 from nbclient import NotebookClient
 
-from funlora_lab.config import preset
 from funlora_lab.headless import notebooks_folder
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 
 PATIENCE = 300  # seconds a cell may take before it counts as hung
 

@@ -5,10 +5,11 @@ import torch
 from torch.func import functional_call
 
 from funlora_lab.adapters import Adapters, functional_matrix, stack, unstack
-from funlora_lab.config import FUNCTIONAL_METHODS, preset
+from funlora_lab.config import FUNCTIONAL_METHODS
 from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.network import build_unet
+from funlora_lab.presets import preset
 
 EXACT = [(method, operation) for method in FUNCTIONAL_METHODS for operation in ("mul", "add", "mul-add")]
 

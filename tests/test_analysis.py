@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from funlora_lab import config, functions, metrics
+from funlora_lab import functions, metrics
 from funlora_lab.adapters import Adapters
+from funlora_lab.config import FUNCTIONAL_METHODS, METHODS, WHOLE_NETWORK
 from funlora_lab.network import build_unet
+from funlora_lab.presets import preset
 from funlora_lab.studies import analysis
 from funlora_lab.studies.designs import scaled_window
 
@@ -45,7 +47,7 @@ def test_importance_is_the_distance_from_one_per_entry():
 @pytest.mark.parametrize(("method", "expected"), [("vanilla-mul", 1), ("shift", 6), ("power-frozen", 6)])
 def test_ranks_stay_within_the_bound_of_their_formula(method, expected):
     """A and B drawn at random: the bounds 1 and p are reached, never passed."""
-    e = config.preset("smoke").but(method=method, functions=6)
+    e = preset("smoke").but(method=method, functions=6)
     generator = torch.Generator().manual_seed(0)
     row = {
         "A": 1 + 0.5 * torch.randn(20, generator=generator, dtype=torch.float64),
@@ -54,11 +56,11 @@ def test_ranks_stay_within_the_bound_of_their_formula(method, expected):
     }
     F = analysis.matrix(SimpleNamespace(experiment=e), row)
     assert metrics.numerical_rank(F, 1e-12) == expected
-    assert functions.rank_bound(config.FUNCTIONAL_METHODS[method][0], 6, *F.shape) == expected
+    assert functions.rank_bound(FUNCTIONAL_METHODS[method][0], 6, *F.shape) == expected
 
 
 def test_cosines_of_a_product_pass_the_number_of_functions():
-    e = config.preset("smoke").but(method="funlora", functions=2)
+    e = preset("smoke").but(method="funlora", functions=2)
     row = {
         "A": torch.linspace(-2, 2, 16, dtype=torch.float64),
         "B": torch.linspace(-2, 2, 16, dtype=torch.float64),
@@ -71,7 +73,7 @@ def test_cosines_of_a_product_pass_the_number_of_functions():
 @pytest.fixture(scope="module")
 def opened():
     """A run that was never trained: a random network, two new classes with rows set by hand."""
-    e = config.preset("smoke").but(seed=3)
+    e = preset("smoke").but(seed=3)
     net = build_unet(e, 6).requires_grad_(False)
     adapters = Adapters(net, e)
     rows = {cls: adapters.start(cls) for cls in (6, 7)}
@@ -105,7 +107,7 @@ def test_first_rows_have_rank_one_and_start_where_the_series_say(opened):
     assert (spectra[spectra["position"] == 1]["value"] == 1).all()
 
 
-@pytest.mark.parametrize("method", [m for m in config.METHODS if m not in config.WHOLE_NETWORK])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in WHOLE_NETWORK])
 def test_every_adapter_is_the_base_network_at_step_0(opened, method):
     e = opened.experiment.but(method=method)
     net = opened.network
@@ -119,14 +121,14 @@ def test_the_literal_cosine_start_is_not_the_base_network(opened):
 
 
 def test_parts_follow_the_network():
-    words = analysis.parts(config.preset("cifar10"))
+    words = analysis.parts(preset("cifar10"))
     assert [words.count(part) for part in ("encoder", "middle", "decoder", "output")] == [21, 4, 39, 1]
 
 
 def test_windows_of_the_paper_keep_their_place():
-    assert scaled_window("40-54", config.preset("cifar10")) == "40-54"
-    assert scaled_window("0-64", config.preset("digits")) == "0-24"
-    assert scaled_window("25-63", config.preset("digits")) == "11-23"
+    assert scaled_window("40-54", preset("cifar10")) == "40-54"
+    assert scaled_window("0-64", preset("digits")) == "0-24"
+    assert scaled_window("25-63", preset("digits")) == "11-23"
 
 
 def test_mean_of_literal_cosines_is_what_the_reference_says():

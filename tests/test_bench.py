@@ -9,10 +9,10 @@ import torch
 from funlora_lab import bench
 from funlora_lab.__main__ import main
 from funlora_lab.bench import Race, flops, measure, table
-from funlora_lab.config import PRESETS
 from funlora_lab.contenders import torchcfm_unet
 from funlora_lab.errors import LabError
 from funlora_lab.network import build_unet
+from funlora_lab.presets import PRESETS
 from funlora_lab.training import Runtime
 
 TINY = PRESETS["smoke"].but(base_channels=32, multipliers=(1,), window="2-5", image_size=4)

@@ -10,8 +10,8 @@ import urllib.request
 import pytest
 from browsing import jupyterlab, missing, page_of, panel, press, run_all
 
-from funlora_lab.config import preset
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 from funlora_lab.workbench import report, runs
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")

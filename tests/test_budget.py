@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from funlora_lab import continual
-from funlora_lab.config import preset
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, noise
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 from funlora_lab.studies import budget
 
 

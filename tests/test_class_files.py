@@ -9,11 +9,11 @@ import torch
 from funlora_lab import classfiles
 from funlora_lab.__main__ import main
 from funlora_lab.adapters import Adapters
-from funlora_lab.config import PRESETS
 from funlora_lab.disk import read_tensors, write_tensors
 from funlora_lab.errors import LabError
 from funlora_lab.network import build_unet
 from funlora_lab.opened import OpenRun, open_folder, open_run
+from funlora_lab.presets import PRESETS
 from funlora_lab.store import Run
 
 TINY = PRESETS["smoke"].but(split="8-2", base_images=64, classifier_epochs=1, samples_per_class=6, chunk=3)

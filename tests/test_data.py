@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funlora_lab import data
-from funlora_lab.config import preset
 from funlora_lab.errors import LabError
+from funlora_lab.presets import preset
 from funlora_lab.streams import Shuffle
 
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from funlora_lab import continual, data, folders
-from funlora_lab.config import preset
 from funlora_lab.errors import LabError
 from funlora_lab.frozen import FrozenBase
+from funlora_lab.presets import preset
 from funlora_lab.store import Run, Store
 from funlora_lab.training import Runtime
 from funlora_lab.work import Work

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from funlora_lab import shares
-from funlora_lab.config import preset
 from funlora_lab.disk import read_tensors
 from funlora_lab.distributed import ASK_EVERY, Team, _ReadingStore
 from funlora_lab.errors import Stopped
+from funlora_lab.presets import preset
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 

@@ -6,8 +6,8 @@ import pytest
 
 from funlora_lab.__main__ import main
 from funlora_lab.adapters import METHODS, Adapters
-from funlora_lab.config import PRESETS
 from funlora_lab.network import build_unet
+from funlora_lab.presets import PRESETS
 from funlora_lab.studies import ledger
 from funlora_lab.unet import conv_layers
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from funlora_lab import continual
-from funlora_lab.config import METHODS, preset
+from funlora_lab.config import METHODS
 from funlora_lab.frozen import FrozenBase
 from funlora_lab.opened import exhaust, open_run
+from funlora_lab.presets import preset
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 from funlora_lab.work import Work

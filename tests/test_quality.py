@@ -8,9 +8,9 @@ import torch
 
 from funlora_lab import classifier
 from funlora_lab.__main__ import main
-from funlora_lab.config import preset
 from funlora_lab.errors import LabError
 from funlora_lab.opened import open_run
+from funlora_lab.presets import preset
 from funlora_lab.studies import fidelity, quality
 
 

@@ -13,9 +13,9 @@ import torch
 from fault_harness import EXPERIMENT, snapshot
 
 from funlora_lab import continual
-from funlora_lab.config import PRESETS
 from funlora_lab.disk import read_lines
 from funlora_lab.errors import LabError, Stopped
+from funlora_lab.presets import PRESETS
 from funlora_lab.store import Run, Store
 from funlora_lab.training import Plan, Runtime, fit
 

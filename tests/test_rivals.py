@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from funlora_lab import data
 from funlora_lab.adapters import METHODS, Adapters, stack
-from funlora_lab.config import PRESETS
 from funlora_lab.errors import LabError
 from funlora_lab.frozen import FrozenBase
 from funlora_lab.methods import broadcast
 from funlora_lab.metrics import numerical_rank
 from funlora_lab.network import UNET_FIELDS, build_unet
+from funlora_lab.presets import PRESETS
 from funlora_lab.store import Store
 from funlora_lab.training import Runtime
 from funlora_lab.unet import conv_layers

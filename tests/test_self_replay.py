@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from funlora_lab.config import preset
 from funlora_lab.generators import SelfReplay
 from funlora_lab.network import WholeNetwork
 from funlora_lab.opened import exhaust, open_run
+from funlora_lab.presets import preset
 
 
 @pytest.fixture(scope="module")

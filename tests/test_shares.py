@@ -8,9 +8,9 @@ import torch
 
 from funlora_lab import continual, shares
 from funlora_lab.__main__ import main
-from funlora_lab.config import preset
 from funlora_lab.disk import read_tensors, write_tensors
 from funlora_lab.errors import LabError
+from funlora_lab.presets import preset
 from funlora_lab.store import Run
 from funlora_lab.training import Runtime
 

@@ -7,9 +7,9 @@ import torch
 
 from funlora_lab import continual
 from funlora_lab.__main__ import main
-from funlora_lab.config import preset
 from funlora_lab.disk import read_tensors
 from funlora_lab.errors import Stopped
+from funlora_lab.presets import preset
 from funlora_lab.store import Run
 from funlora_lab.training import Runtime
 

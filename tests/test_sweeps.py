@@ -7,9 +7,10 @@ import torch
 
 from funlora_lab import continual
 from funlora_lab.__main__ import main
-from funlora_lab.config import Experiment, preset
+from funlora_lab.config import Experiment
 from funlora_lab.errors import LabError
 from funlora_lab.opened import exhaust, open_run
+from funlora_lab.presets import preset
 from funlora_lab.store import Run
 from funlora_lab.studies import adapter_plots, designs, pictures, sweeps, tables
 

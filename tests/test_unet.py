@@ -7,10 +7,10 @@ import torch
 
 from funlora_lab import speed
 from funlora_lab.adapters import Adapters, stack
-from funlora_lab.config import PRESETS, preset
 from funlora_lab.contenders import PerImage, torchcfm_unet
 from funlora_lab.functions import scaled
 from funlora_lab.network import build_unet
+from funlora_lab.presets import PRESETS, preset
 from funlora_lab.unet import conv_layers
 
 CPU = torch.device("cpu")

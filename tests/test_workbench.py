@@ -14,11 +14,12 @@ from PIL import Image
 
 import funlora_lab
 from funlora_lab import metrics
-from funlora_lab.config import FUNCTIONAL_METHODS, SOLVERS, preset
+from funlora_lab.config import FUNCTIONAL_METHODS, SOLVERS
 from funlora_lab.disk import read_lines, read_tensors
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
 from funlora_lab.opened import OpenRun, open_run
+from funlora_lab.presets import preset
 from funlora_lab.store import Run
 from funlora_lab.studies.plots import tile
 from funlora_lab.workbench import explore, markup, ownclass, panels, runs

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from funlora_lab.config import METHODS, PRESETS, WHOLE_NETWORK, Experiment, override, preset
+from funlora_lab.config import METHODS, WHOLE_NETWORK, Experiment, override
 from funlora_lab.errors import LabError
 from funlora_lab.network import build_unet
+from funlora_lab.presets import PRESETS, preset
 from funlora_lab.store import Run
 from funlora_lab.unet import conv_layers
 

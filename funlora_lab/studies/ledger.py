@@ -14,8 +14,9 @@ import torch
 
 from funlora_lab import classfiles
 from funlora_lab.adapters import METHODS, Adapters
-from funlora_lab.config import PRESETS, Experiment, preset
+from funlora_lab.config import Experiment
 from funlora_lab.network import build_unet
+from funlora_lab.presets import PRESETS, preset
 from funlora_lab.unet import UNet
 
 FULL_WINDOW = {"window": "0-64"}

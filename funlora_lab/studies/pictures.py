@@ -4,10 +4,11 @@ import json
 import os
 from pathlib import Path
 
-from funlora_lab.config import PRESETS, Experiment
+from funlora_lab.config import Experiment
 from funlora_lab.disk import write_atomically
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
+from funlora_lab.presets import PRESETS
 from funlora_lab.store import checkout, key_of
 from funlora_lab.studies import plots
 from funlora_lab.studies.plots import Drawing

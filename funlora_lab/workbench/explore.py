@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from funlora_lab import adapters, flow, functions, metrics
 from funlora_lab import classifier as classifiers
 from funlora_lab.adapters import LABEL, Row
-from funlora_lab.config import FUNCTIONAL_METHODS, Experiment, preset
+from funlora_lab.config import FUNCTIONAL_METHODS, Experiment
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, Velocity
 from funlora_lab.frozen import FrozenBase
 from funlora_lab.network import WholeNetwork, build_unet
 from funlora_lab.opened import OpenRun
+from funlora_lab.presets import preset
 from funlora_lab.streams import stream
 from funlora_lab.studies import analysis
 from funlora_lab.unet import conv_layers

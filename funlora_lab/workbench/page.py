@@ -11,9 +11,10 @@ from pathlib import Path
 import ipywidgets as widgets
 from IPython.display import display
 
-from funlora_lab.config import override, preset
+from funlora_lab.config import override
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun, open_folder, open_run
+from funlora_lab.presets import preset
 from funlora_lab.store import Run
 from funlora_lab.workbench import markup, report, runs
 from funlora_lab.workbench.functions_tab import FunctionsPanel

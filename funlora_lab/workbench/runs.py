@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from funlora_lab.config import PRESETS, Experiment
+from funlora_lab.config import Experiment
 from funlora_lab.disk import locked, read_lines
 from funlora_lab.errors import LabError
+from funlora_lab.presets import PRESETS
 from funlora_lab.store import Run, home
 
 COLUMNS = (

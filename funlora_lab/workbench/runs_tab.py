@@ -6,9 +6,10 @@ from pathlib import Path
 import ipywidgets as widgets
 import pandas as pd
 
-from funlora_lab.config import METHODS, PRESETS, override, preset
+from funlora_lab.config import METHODS, override
 from funlora_lab.errors import LabError
 from funlora_lab.opened import OpenRun
+from funlora_lab.presets import PRESETS, preset
 from funlora_lab.store import Run
 from funlora_lab.studies import plots
 from funlora_lab.workbench import markup, runs
