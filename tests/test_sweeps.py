@@ -39,6 +39,14 @@ def swept(tmp_path_factory):
     return folder, wanted, said
 
 
+def test_tables_that_compare_losses_want_images_held_out():
+    with pytest.raises(LabError, match=r"Tables of cifar10 .* valid_fraction=0 holds none out.* valid_fraction=0\.02"):
+        designs.compared_base("cifar10")
+    assert designs.compared_base("cifar10", ["valid_fraction=0.02"]).valid_fraction == 0.02
+    for name in ("digits", "cifar10-quick"):
+        assert designs.compared_base(name) == designs.base_of(name)
+
+
 def test_a_sweep_trains_one_base_a_seed_and_finishes_every_run(swept):
     folder, wanted, said = swept
     bases = [p for p in (folder / "artefacts").glob("network-*") if (p / "result.safetensors").exists()]

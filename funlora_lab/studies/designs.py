@@ -30,6 +30,17 @@ def base_of(name: str, settings: Sequence[str] = ()) -> Experiment:
     return override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), list(settings))
 
 
+def compared_base(name: str, settings: Sequence[str] = ()) -> Experiment:
+    """``base_of`` for tables that compare held-out flow losses; raises LabError when no images are held out."""
+    base = base_of(name, settings)
+    if not base.valid_fraction:
+        raise LabError(
+            f"Tables of {name} compare losses of held-out training images, and valid_fraction=0 holds none out: "
+            "accepted is a share of them, such as valid_fraction=0.02 among the settings."
+        )
+    return base
+
+
 def _network(base: Experiment):
     with torch.device("meta"):
         return build_unet(base, 1)
