@@ -40,25 +40,19 @@ def importance(frame: pd.DataFrame, parts: Sequence[str]) -> Drawing:
     return figure
 
 
-def dots(table: pd.DataFrame, panels: dict[str, str], title: str = "", best: dict[str, str] | None = None) -> Drawing:
-    """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation.
-
-    ``best`` marks a row by a filled band: measure-independent emphasis, row -> colour.
-    """
+def dots(table: pd.DataFrame, panels: dict[str, str]) -> Drawing:
+    """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation."""
     rows = list(table.index)
     figure, axes = drawing(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
     for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
         for y, row in enumerate(rows):
-            colour = (best or {}).get(row, COLOURS[0])
             sd = table.loc[row].get(f"{measure} sd")
             sd = None if sd is None or pd.isna(sd) else sd
-            axis.errorbar(table.loc[row, measure], y, xerr=sd, color=colour, marker="o", markersize=5, capsize=3)
+            axis.errorbar(table.loc[row, measure], y, xerr=sd, color=COLOURS[0], marker="o", markersize=5, capsize=3)
         axis.set_xlabel(label)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
     axes[0, 0].set_yticks(range(len(rows)), rows)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
-    if title:
-        figure.suptitle(title, color=INK, fontsize=11)
     return figure
 
 

@@ -14,7 +14,7 @@ from funlora_lab.studies.plots import COLOURS, INK, MARKERS, Drawing, drawing, t
 def budget_lines(table: pd.DataFrame, value: str, title: str, floor: float | None = None) -> Drawing:
     """``value`` against evaluations an image, one panel a number of images, one line a solver."""
     numbers = sorted(table["images"].unique())
-    figure, axes = drawing(2.6 * len(numbers) + 0.8, 3.1, 1, len(numbers), sharey=True)
+    figure, axes = drawing(2.6 * len(numbers) + 1.9, 3.1, 1, len(numbers), sharey=True)
     for axis, n in zip(axes[0], numbers, strict=True):
         for i, (solver, part) in enumerate(table[table["images"] == n].groupby("solver", sort=False)):
             part = part.sort_values("evaluations")
@@ -28,7 +28,7 @@ def budget_lines(table: pd.DataFrame, value: str, title: str, floor: float | Non
         if floor is not None:
             axis.axhline(floor, color="#666666", linewidth=0.9, linestyle=":")
     axes[0, 0].set_ylabel(value)
-    axes[0, -1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -82,7 +82,7 @@ def pareto_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str,
     axis.set_xscale("log")
     axis.set_xlabel(xlabel)
     axis.set_ylabel(gain)
-    legend = axis.legend(frameon=False, fontsize=8, loc="lower right")
+    legend = figure.legend(frameon=False, fontsize=8, loc="outside right lower", title="solver")
     for handle in legend.legend_handles:
         handle.set_sizes([36])
     return figure
@@ -104,6 +104,7 @@ def quality_bars(tables: dict[str, pd.DataFrame], measures: Sequence[str]) -> Dr
                           color="#666666" if i == 0 else COLOURS[i - 1], marker=MARKERS[i], markersize=4)  # fmt: skip
         axis.set_yticks(range(len(groups)), groups)
         axis.set_title(measure, fontsize=10)
+        axis.locator_params(axis="x", nbins=4)
     axes[0, 0].invert_yaxis()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(sources), loc="outside lower center")
