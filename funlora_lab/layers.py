@@ -95,6 +95,11 @@ class Conv2d(nn.Conv2d):
         return convolved(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
+def large_on_cpu(x: Tensor) -> bool:
+    """Whether images (B, C, H, W) of 8 x 8 pixels or more are on a CPU, where two layers have a faster way for them."""
+    return x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 64
+
+
 MEETS = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # (4 of the transposed kernel, 3 of the kernel)
 
 
@@ -112,12 +117,12 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class DoublingConv2d(Conv2d):
     """A 3 x 3 convolution of its input doubled to the nearest neighbours: twice the height and width come out.
 
-    On a CPU images from 8 x 8 on take the sums of ``doubled``: at the CIFAR configuration (16 x 16, 256 channels, batch
+    On a CPU all but small images take the sums of ``doubled``: at the CIFAR configuration (16 x 16, 256 channels, batch
     8), forward and backward, 44 ms against 95 in fp32 and 24 against 38 in bf16. On CUDA that is not measured.
     """
 
     def convolve(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.shape[2] * x.shape[3] < 64:
+        if not large_on_cpu(x):
             return super().convolve(F.interpolate(x, scale_factor=2, mode="nearest"))
         if self.weight.dim() == 4:
             return doubled(x, self.weight, self.bias)
@@ -138,14 +143,15 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Projection(nn.Conv1d):
     """The attention's projections: ADM keeps them as 1-d convolutions of width 1, here they run on images, 1 x 1.
 
-    On a CPU in fp32 oneDNN's convolutions are faster than matrix products, channels last: an attention of CIFAR size
-    (batch 8) took 21 ms forward and backward against 27. In bf16 products are (9.8 ms against 10.0 and 14).
+    On a CPU in fp32 oneDNN's convolutions of all but small images are faster than matrix products, channels last: an
+    attention of CIFAR size (16 x 16, batch 8) took 21 ms forward and backward against 27. In bf16 products are (9.8 ms
+    against 10.0 and 14).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 4:
             return convolved(x, self.weight[..., None], self.bias, 1, 0)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
+        if large_on_cpu(x) and x.dtype == torch.float32:
             x = x.contiguous(memory_format=torch.channels_last)
             return F.conv2d(x, self.weight[..., None], self.bias)
         B, C, H, W = x.shape

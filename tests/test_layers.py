@@ -62,10 +62,11 @@ def test_doubling_convolution_sums_the_kernel_in_fp32_under_autocast():
     assert (ours - exact).square().mean() < 1.2 * (plain - exact).square().mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a convolution, and a matrix product
-def test_attention_projection_equals_a_convolution_of_width_1(dtype):
+@pytest.mark.parametrize("size", [3, 8])  # a matrix product, and in fp32 a convolution
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_projection_equals_a_convolution_of_width_1(dtype, size):
     torch.manual_seed(0)
-    layer, x = Projection(6, 5, 1).to(dtype), torch.randn(3, 6, 2, 5).to(dtype)
+    layer, x = Projection(6, 5, 1).to(dtype), torch.randn(3, 6, size, size + 1).to(dtype)
     expected = F.conv1d(x.flatten(2).float(), layer.weight.float(), layer.bias.float())
     atol = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(layer(x).flatten(2).float(), expected, atol=atol, rtol=0)
