@@ -21,6 +21,7 @@ from funlora_lab.config import Experiment
 from funlora_lab.contenders import BASE, Contenders, PerImage, Turn, torchcfm_unet
 from funlora_lab.continual import provenance
 from funlora_lab.network import build_unet
+from funlora_lab.speed import arithmetic, has_bf16
 from funlora_lab.training import Runtime
 
 LANES = (1, 5, 20)  # classes side by side in the comparison at a constant number of images
@@ -149,19 +150,25 @@ def measure(
     """All comparisons for one configuration on one device, as one object (see ``RATIOS``).
 
     ``batch`` images a base step (0: 8 on a CPU, the configuration's own on a GPU), ``repeats`` counted turns of every
-    contender (0: 5). Raises LabError before anything is measured when torchcfm is missing.
+    contender (0: 5). What needs bf16 is None where the device has no instructions for it. Raises LabError before
+    anything is measured when torchcfm is missing.
     """
     torchcfm_unet(experiment, 1, device=torch.device("meta"))
-    e, device = experiment.but(method="funlora"), runtime.device
+    device = runtime.device
+    bf16 = has_bf16(device.type)
+    e = experiment.but(method="funlora", precision=arithmetic(experiment.precision, device))
     cuda = device.type == "cuda"
     B, repeats, K = batch or (e.base_batch if cuda else 8), repeats or 5, max(LANES)
-    rates = {name: matrix_rate(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    rates = {
+        "fp32": matrix_rate(device, torch.float32),
+        "bf16": matrix_rate(device, torch.bfloat16) if bf16 else None,
+    }
     work = flops(e, device)
     expected = work["base"] * B / rates[e.precision]  # seconds, at the device's full rate
     steps = max(1, min(20, round(0.2 / expected)))
     with tempfile.TemporaryDirectory() as folder:
         contenders = Contenders(e, runtime, Path(folder), len(BASE) + K, steps)
-        about = provenance(device, contenders.dataset) | {"compile": runtime.compile}
+        about = provenance(device, contenders.dataset, e.precision) | {"compile": runtime.compile}
 
         def race(what: str, turns: dict[str, Turn], repeats: int) -> Race:
             say(what)
@@ -169,18 +176,13 @@ def measure(
             contenders.close()
             return done
 
-        base = race(
-            "base and adapter steps",
-            {
-                "ours fp32": contenders.base_step(B, "fp32"),
-                "torchcfm fp32": contenders.torchcfm_step(B, "fp32"),
-                "ours bf16": contenders.base_step(B, "bf16"),
-                "torchcfm bf16": contenders.torchcfm_step(B, "bf16"),
-                "adapter": contenders.adapter_step(2, B // 2),
-                "per image": contenders.adapter_step(2, B // 2, PerImage),
-            },
-            repeats,
-        )
+        turns = {}
+        for precision in ("fp32", "bf16") if bf16 else ("fp32",):
+            turns[f"ours {precision}"] = contenders.base_step(B, precision)
+            turns[f"torchcfm {precision}"] = contenders.torchcfm_step(B, precision)
+        turns["adapter"] = contenders.adapter_step(2, B // 2)
+        turns["per image"] = contenders.adapter_step(2, B // 2, PerImage)
+        base = race("base and adapter steps", turns, repeats)
         sampling = race("sampling", contenders.sampling(B), repeats)
         turns = {f"{k} x {lane_images // k}": contenders.adapter_step(k, lane_images // k) for k in LANES}
         lanes = race("adapter steps of more and more classes", turns, max(1, repeats // 2))
@@ -208,8 +210,8 @@ def measure(
         "gflop_per_image": {name: value / 1e9 for name, value in work.items()},
         "share_of_matrix_rate": {name: images[name] * work[name] / rates[e.precision] for name in images},
         "base_vs_torchcfm_fp32": base.ratio("ours fp32", "torchcfm fp32"),
-        "base_vs_torchcfm_bf16": base.ratio("ours bf16", "torchcfm fp32"),
-        "base_bf16_vs_torchcfm_autocast": base.ratio("ours bf16", "torchcfm bf16"),
+        "base_vs_torchcfm_bf16": base.ratio("ours bf16", "torchcfm fp32") if bf16 else None,
+        "base_bf16_vs_torchcfm_autocast": base.ratio("ours bf16", "torchcfm bf16") if bf16 else None,
         "adapter_vs_base": base.ratio("adapter", ours),
         "adapter_vs_per_image": base.ratio("adapter", "per image"),
         "lanes20x6_vs_1x120": lanes.ratio(most, one),
@@ -232,7 +234,8 @@ def table(result: dict) -> str:
     lines = [
         f"{result['preset']} in {result['precision']}, {result['batch']} images a step, on {about['device']}, "
         f"{about['threads']} threads, torch {about['versions']['torch']}, compile {about['compile']}",
-        f"matrix products: {rate['fp32'] / 1e12:.2f} TFLOP/s in fp32, {rate['bf16'] / 1e12:.2f} in bf16",
+        f"matrix products: {rate['fp32'] / 1e12:.2f} TFLOP/s in fp32, "
+        + (f"{rate['bf16'] / 1e12:.2f} in bf16" if rate["bf16"] else "no instructions for bf16"),
         "",
         f"{'':<10} {'images/s':>10} {'GFLOP/image':>12} {'of matrix rate':>15}",
     ]
@@ -240,7 +243,9 @@ def table(result: dict) -> str:
         share = result["share_of_matrix_rate"][name]
         lines.append(f"{name:<10} {images:>10.1f} {result['gflop_per_image'][name]:>12.3f} {share:>15.1%}")
     lines += ["(sampling: network evaluations of one image)", "", f"{'ratio':>6}"]
-    lines += [f"{result[name]:>6.2f}  {name}: {meaning}" for name, meaning in RATIOS.items()]
+    for name, meaning in RATIOS.items():
+        ratio = result[name]
+        lines.append(f"{'-' if ratio is None else format(ratio, '.2f'):>6}  {name}: {meaning}")
     lines += ["", f"{'seconds':>9}  {'memory':>14}"]
     for name, seconds in (result["seconds_per_step"]).items():
         lines.append(f"{seconds:>9.4f}  {megabytes(result['memory_bytes'][name]):>14}  {name}")

@@ -85,7 +85,7 @@ class Experiment:
     seed: int = 0
 
     # training of the base on task 1 (and of any method that trains the whole network)
-    precision: str = "fp32"  # fp32 | bf16 (autocast; master weights and solver state stay fp32)
+    precision: str = "fp32"  # fp32 | bf16 (autocast, where the device has it; weights and solver state stay fp32)
     base_images: int = 51_200  # images seen
     base_batch: int = 64  # images a step
     base_lr: float = 2e-3  # Adam

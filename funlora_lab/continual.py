@@ -30,19 +30,23 @@ from funlora_lab.errors import LabError
 from funlora_lab.flow import flow_loss
 from funlora_lab.generators import generator_of
 from funlora_lab.sampling import draw
-from funlora_lab.speed import autocast, sent
+from funlora_lab.speed import arithmetic, autocast, sent
 from funlora_lab.store import Run, Stage, Store
 from funlora_lab.streams import Shuffle, stream
 from funlora_lab.training import Event, Plan, Runtime, fit
 from funlora_lab.work import Source, Work, sample_stage
 
 
-def provenance(device: torch.device, dataset: Dataset) -> dict:
-    """Where, with what and from which images a result was made."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+def provenance(device: torch.device, dataset: Dataset, precision: str) -> dict:
+    """Where, in which arithmetic, with what and from which images a result was made."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
         "device": f"{device.type} ({name})",
+        "arithmetic": arithmetic(precision, device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
@@ -160,7 +164,7 @@ def run(experiment: Experiment, runtime: Runtime | None = None, home: Path | Non
     learner = generator_of(work)
     if learner is not None:
         learner.check()
-    about = provenance(runtime.device, dataset)
+    about = provenance(runtime.device, dataset, experiment.precision)
     make_folder(record.folder)
     with locked(record.folder, runtime.check, runtime.tell):
         if not record.results():  # else another process finished it while this one waited

@@ -84,7 +84,7 @@ def learn(
     # of all shares at work in this home one trains the base
     with locked(record.folder, runtime.check, runtime.tell) if first else nullcontext():
         if first and not record.config_file.exists():
-            record.open(provenance(runtime.device, dataset))
+            record.open(provenance(runtime.device, dataset, experiment.precision))
         runtime.team.wait()
         if learner is not None:
             yield from learner.learn(0)

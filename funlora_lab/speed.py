@@ -1,6 +1,7 @@
-"""Putting a network on a device the way it runs fastest there: memory layout and compilation, with their reasons."""
+"""Putting a network on a device the way it runs fastest there: layout, arithmetic, compilation, with their reasons."""
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,27 @@ def prepared(network: nn.Module, device: torch.device, compile: str = "auto") ->
     return network
 
 
+@cache
+def has_bf16(device_type: str) -> bool:
+    """Whether a kind of device multiplies in bf16; said once, with a warning, where it does not.
+
+    A CPU without such instructions imitates them: a 3 x 3 convolution of 128 channels (32 x 32, batch 8) then took
+    1.5 s instead of 14 ms.
+    """
+    there = device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not there:
+        warnings.warn("This processor has no bf16 instructions: precision=bf16 computes in fp32.", stacklevel=4)
+    return there
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """In what ``precision`` is computed on a device: bf16 becomes fp32 where there are no instructions for it."""
+    return "bf16" if precision == "bf16" and has_bf16(device.type) else "fp32"
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Compute in ``precision``: under bf16 convolutions and products are rounded, weights and their sums stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic(precision, device) == "bf16")
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from funlora_lab.contenders import torchcfm_unet
 from funlora_lab.errors import LabError
 from funlora_lab.network import build_unet
 from funlora_lab.presets import PRESETS
+from funlora_lab.speed import has_bf16
 from funlora_lab.training import Runtime
 
 TINY = PRESETS["smoke"].but(base_channels=32, multipliers=(1,), window="2-5", image_size=4)
@@ -27,11 +28,14 @@ def result():
 
 def test_one_object_holds_every_ratio_and_rate(result):
     result = json.loads(json.dumps(result))
-    for name in (*bench.RATIOS, "lanes20x6_vs_1x120"):
-        assert 0 < result[name] < 1000, name
+    bf16 = has_bf16("cpu")
+    for name in bench.RATIOS:
+        assert (0 < result[name] < 1000) if bf16 or "bf16" not in name else result[name] is None, name
     assert set(result["images_per_second"]) == {"base", "adapter", "sampling"}
     assert all(value > 0 for value in result["images_per_second"].values())
-    assert all(value > 1e6 for value in result["matrix_flops_per_second"].values())
+    rates = result["matrix_flops_per_second"]
+    assert rates["fp32"] > 1e6
+    assert rates["bf16"] > 1e6 if bf16 else rates["bf16"] is None
     assert {"1 x 20", "5 x 4", "20 x 1"} == set(result["seconds_per_adapter_step"])
     for name, share in result["share_of_matrix_rate"].items():
         rate = result["images_per_second"][name] * result["gflop_per_image"][name] * 1e9
@@ -40,7 +44,9 @@ def test_one_object_holds_every_ratio_and_rate(result):
 
 def test_the_table_shows_every_ratio(result):
     shown = table(result)
-    assert all(f"{result[name]:.2f}  {name}: " in shown for name in bench.RATIOS)
+    for name in bench.RATIOS:
+        ratio = "-" if result[name] is None else f"{result[name]:.2f}"
+        assert f" {ratio}  {name}: " in shown
 
 
 def test_torchcfm_is_the_same_network():

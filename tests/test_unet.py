@@ -1,6 +1,7 @@
 """The backbone is the paper's to the digit, and every way of running it computes the same function."""
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def test_bf16_is_close_to_fp32():
             rough = net(t, x, y)
     assert rough.dtype == torch.bfloat16
     assert (rough - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+def test_bf16_computes_in_fp32_where_the_processor_has_no_instructions_for_it_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(speed, "has_bf16", cache(speed.has_bf16.__wrapped__))
+    e = PRESETS["smoke"]
+    net = awake(build_unet(e, 2))
+    expected = net(*batch(e, 4))
+    with pytest.warns(UserWarning, match="precision=bf16 computes in fp32"):
+        assert speed.arithmetic("bf16", CPU) == "fp32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it says so once
+        with speed.autocast("bf16", CPU):
+            assert torch.equal(net(*batch(e, 4)), expected)
+    assert speed.arithmetic("bf16", torch.device("cuda")) == "bf16"
 
 
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_why(monkeypatch):
