@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from funlora_lab import folders, store
@@ -94,8 +95,14 @@ def data_root(experiment: Experiment) -> Path:
 
 
 def _cifar(experiment: Experiment, cache: Path) -> Parts:
-    """CIFAR10 or CIFAR100 as torchvision reads its "python version", whose files it knows by their checksums."""
+    """CIFAR10 or CIFAR100 as torchvision reads its "python version", whose files it knows by their checksums.
+
+    Images of another size or in grey are made of them as a folder's pictures are.
+    """
     from torchvision.datasets import CIFAR10, CIFAR100
+
+    size, channels = experiment.image_size, experiment.channels
+    folders.check_channels(channels)
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[experiment.data]
     root = data_root(experiment)
@@ -107,10 +114,13 @@ def _cifar(experiment: Experiment, cache: Path) -> Parts:
             f"data={experiment.data}: {what} in {root} ({str(reason).split('.')[0]}); unpack {kind.filename} from "
             f"{kind.url} so that {root / kind.base_folder} exists, or say with data_root or FUNLORA_DATA where it lies."
         ) from None
-    train, test = (
-        Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in parts
-    )
+
+    def pixels(images: np.ndarray) -> Tensor:
+        if (size, channels) == (32, 3):
+            return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return torch.stack([folders.fitted(Image.fromarray(image), size, channels) for image in images])
+
+    train, test = (Images(pixels(part.data), torch.tensor(part.targets)) for part in parts)
     return tuple(parts[0].classes), train, test
 
 
@@ -188,7 +198,7 @@ def load(experiment: Experiment, home: Path | None = None) -> Dataset:
     if experiment.pretrain_root:
         root = Path(experiment.pretrain_root).expanduser().absolute()
         unlabelled = folders.unlabelled(root, experiment.image_size, experiment.channels, cache)
-    name = f"folder {_folder_root(experiment)}" if experiment.data == "folder" else experiment.data
+    name = f"folder {_folder_root(experiment).name}" if experiment.data == "folder" else experiment.data
     return Dataset(name, classes, train, valid, test, unlabelled, pictures(experiment))
 
 

@@ -26,6 +26,12 @@ READING = 1  # raised when pictures are read in another way, so that older tenso
 PARTS = ("train", "test")
 
 
+def fitted(image: Image.Image, size: int, channels: int) -> Tensor:
+    """The central square of a picture in grey (1) or colour (3 channels), resized: uint8 (C, size, size)."""
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+
+
 def read_picture(path: Path, size: int, channels: int) -> Tensor:
     """The central square of one picture, uint8 (C, size, size); raises LabError naming a file that cannot be read."""
     try:
@@ -38,8 +44,7 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
                 raise ValueError("its 32-bit numbers have no agreed black and white")
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+            return fitted(image, size, channels)
     except UnidentifiedImageError:
         raise LabError(f"{path} is not a picture in any format that Pillow reads; mend or remove it.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as reason:
@@ -112,10 +117,15 @@ def sizes(paths: list[Path], root: Path) -> list[list]:
     return [[path.relative_to(root).as_posix(), path.stat().st_size] for path in paths]
 
 
-def pixels_of(paths: list[Path], root: Path, size: int, channels: int, cache: Path) -> Tensor:
-    """Pictures as uint8 (N, C, size, size), read from the files once and from ``cache`` from then on."""
+def check_channels(channels: int) -> None:
+    """Raise LabError for what is neither grey nor colour."""
     if channels not in (1, 3):
         raise LabError(f"channels={channels}: accepted for pictures is 1 (grey) or 3 (colour).")
+
+
+def pixels_of(paths: list[Path], root: Path, size: int, channels: int, cache: Path) -> Tensor:
+    """Pictures as uint8 (N, C, size, size), read from the files once and from ``cache`` from then on."""
+    check_channels(channels)
     facts = [[*names, path.stat().st_mtime_ns] for names, path in zip(sizes(paths, root), paths, strict=True)]
     key = hashlib.sha256(canonical([READING, str(root.resolve()), size, channels, facts]).encode()).hexdigest()[:16]
     stored = cache / f"{key}.safetensors"

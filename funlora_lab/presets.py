@@ -86,6 +86,44 @@ PRESETS = {
         classifier_epochs=10,
     ),
     "cifar10": _CIFAR10,
+    # Photographs without a GPU: a quarter of the pixels and of the channels, a sixtieth of the images.
+    "cifar10-tiny": _CIFAR10.but(
+        preset="cifar10-tiny",
+        image_size=16,
+        base_channels=32,
+        multipliers=(1, 2, 2),
+        res_blocks=1,
+        attention=(),  # but for the middle's
+        norm_groups=8,
+        dropout=0.0,
+        window="17-27",
+        lora_v1_window="24-26",
+        lora_v2_window="21-25",
+        valid_fraction=0.04,  # 200 images a class, by whose loss its tables compare
+        base_images=80_000,  # 8 epochs of 9,600 images
+        base_batch=64,
+        base_lr=1e-3,
+        base_schedule="cosine",
+        base_warmup=3_200,  # 50 steps
+        base_ema=0.99,
+        base_ema_start=0,
+        adapter_images=6_400,
+        adapter_batch=16,
+        adapter_schedule="cosine",
+        adapter_ema=0.98,
+        adapter_ema_start=0,
+        lanes=8,
+        solver="midpoint",
+        steps=4,
+        samples_per_class=500,
+        chunk=100,
+        classifier="cnn",
+        classifier_epochs=6,
+        classifier_batch=50,
+        classifier_lr=0.05,
+        crop=2,
+        log_every=25,
+    ),
     # Half the channels and a quarter of the images: about 29 PFLOP in all (base 12, adapters 7, samples 3, classifiers
     # 8), so 5 to 8 minutes at 70 to 100 TFLOP/s, a tenth of an H200's bf16 rate; an estimate, until it is measured.
     "cifar10-quick": _CIFAR10.but(

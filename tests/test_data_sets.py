@@ -71,7 +71,7 @@ def test_a_folder_of_mixed_sizes_and_formats_goes_through_the_whole_protocol(sha
     assert len(result["accuracy"]) == 3
     assert 0 <= result["LA"] <= 1
     assert sum(map(sum, result["confusion"])) == 30
-    assert result["provenance"]["data"]["name"] == f"folder {shapes}"
+    assert result["provenance"]["data"]["name"] == f"folder {shapes.name}"
 
 
 def test_a_finished_run_is_not_passed_off_as_one_of_changed_pictures(tmp_path):
@@ -212,6 +212,11 @@ def test_cifar_is_read_as_torchvision_reads_it(name, labels, tmp_path, monkeypat
     assert torch.equal(dataset.test.labels, torch.arange(classes))
     expected = torch.from_numpy(batches[kind.test_list[0][0]]["data"]).reshape(-1, 3, 32, 32)
     assert torch.equal(dataset.test.pixels, expected)
+    small = data.load(preset(name).but(data_root=str(tmp_path), image_size=16)).test.pixels
+    assert small.shape == (classes, 3, 16, 16)
+    means = torch.nn.functional.avg_pool2d(expected.float(), 2)
+    distance = (small.float() - means).abs().mean()
+    assert distance < 0.6 * (means - means.mean()).abs().mean(), "smaller images must show the same pictures"
 
 
 def test_unlabelled_pictures_train_the_base_first_and_it_goes_on_from_there(shapes, tmp_path):
