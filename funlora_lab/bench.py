@@ -91,7 +91,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def flops(experiment: Experiment, device: torch.device, batch: int = 2) -> dict[str, float]:
-    """FLOPs an image of a base step, an adapter step (two classes) and one evaluation, counted by operation."""
+    """FLOPs an image of a base step, an adapter step (two classes) and one evaluation, as many as this device does."""
     e = experiment
     net = build_unet(e, 2).to(device)
     x = torch.zeros(batch, e.channels, e.image_size, e.image_size, device=device)

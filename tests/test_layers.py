@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from funlora_lab import layers, winograd
 from funlora_lab.layers import FORMS, DoublingConv2d, Dropout, Projection, attended
+from funlora_lab.speed import has_bf16
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -23,6 +25,33 @@ def test_forms_of_the_per_class_convolution_agree(form, k, stride):
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     grads = [torch.autograd.grad(out.square().sum(), (x, weight)) for out in (y, expected)]
     torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("H", "W"), [(4, 3), (8, 8), (16, 5)])
+def test_winograd_is_a_padded_convolution_with_its_gradients(H, W):
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64, "requires_grad": True}
+    x, weight, bias = torch.randn(2, 3, H, W, **double), torch.randn(4, 3, 3, 3, **double), torch.randn(4, **double)
+    y, expected = winograd.convolved(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    upstream = torch.randn_like(y)
+    grads = [torch.autograd.grad(out, (x, weight, bias), upstream) for out in (y, expected)]
+    torch.testing.assert_close(*grads, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("only_avx2", [True, False])
+@pytest.mark.parametrize(("channels", "size", "stride"), [(128, 16, 1), (128, 16, 2), (128, 18, 1), (64, 16, 1)])
+def test_a_large_convolution_keeps_fp32_accuracy_whichever_way_it_goes(only_avx2, channels, size, stride, monkeypatch):
+    monkeypatch.setattr(layers, "ONLY_AVX2", only_avx2)
+    taken = []
+    real = winograd.convolved
+    monkeypatch.setattr(winograd, "convolved", lambda *inputs: taken.append(1) or real(*inputs))
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, channels, size, size), torch.randn(128, channels, 3, 3), torch.randn(128)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, 1)
+    y = layers.single(x, weight, bias, stride, 1)
+    assert (y - exact).norm() < 3e-6 * exact.norm()
+    assert bool(taken) == (only_avx2 and (channels, size, stride) == (128, 16, 1))
 
 
 @pytest.mark.parametrize("size", [3, 8])  # the plain way, and as a transposed convolution
@@ -51,6 +80,7 @@ def test_doubling_convolution_equals_a_convolution_of_the_doubled_image(size, dt
         torch.testing.assert_close(got, grads, atol=1e-8, rtol=0)
 
 
+@pytest.mark.skipif(not has_bf16("cpu"), reason="this processor has no bf16 instructions: bf16 is never used on it")
 def test_doubling_convolution_sums_the_kernel_in_fp32_under_autocast():
     torch.manual_seed(0)
     layer, x = DoublingConv2d(64, 8, 3, padding=1), torch.randn(2, 64, 8, 8)
