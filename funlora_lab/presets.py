@@ -1,4 +1,4 @@
-"""The experiments that have a name: digits for minutes on a CPU, and the data sets and budgets of the paper."""
+"""The experiments that have a name: digits and small photographs for a CPU, the data sets and budgets of the paper."""
 
 from funlora_lab.config import Experiment
 from funlora_lab.errors import LabError
@@ -86,7 +86,7 @@ PRESETS = {
         classifier_epochs=10,
     ),
     "cifar10": _CIFAR10,
-    # Photographs without a GPU: a quarter of the pixels and of the channels, a sixtieth of the images.
+    # Photographs without a GPU: a quarter of the pixels and of the channels, and far fewer images seen.
     "cifar10-tiny": _CIFAR10.but(
         preset="cifar10-tiny",
         image_size=16,
