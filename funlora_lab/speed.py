@@ -39,22 +39,26 @@ def prepared(network: nn.Module, device: torch.device, compile: str = "auto") ->
     return network
 
 
-@cache
 def has_bf16(device_type: str) -> bool:
-    """Whether a kind of device multiplies in bf16; said once, with a warning, where it does not.
+    """Whether a kind of device multiplies in bf16.
 
     A CPU without such instructions imitates them: a 3 x 3 convolution of 128 channels (32 x 32, batch 8) then took
     1.5 s instead of 14 ms.
     """
-    there = device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not there:
-        warnings.warn("This processor has no bf16 instructions: precision=bf16 computes in fp32.", stacklevel=4)
-    return there
+    return device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def _say_that_bf16_is_missing() -> None:
+    warnings.warn("This processor has no bf16 instructions: precision=bf16 computes in fp32.", stacklevel=3)
 
 
 def arithmetic(precision: str, device: torch.device) -> str:
-    """In what ``precision`` is computed on a device: bf16 becomes fp32 where there are no instructions for it."""
-    return "bf16" if precision == "bf16" and has_bf16(device.type) else "fp32"
+    """In what ``precision`` is computed on a device: where there are no instructions for bf16 in fp32, said once."""
+    if precision == "bf16" and not has_bf16(device.type):
+        _say_that_bf16_is_missing()
+        return "fp32"
+    return precision
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -1,7 +1,6 @@
 """The backbone is the paper's to the digit, and every way of running it computes the same function."""
 
 import warnings
-from functools import cache
 
 import pytest
 import torch
@@ -143,7 +142,7 @@ def test_bf16_is_close_to_fp32():
 
 def test_bf16_computes_in_fp32_where_the_processor_has_no_instructions_for_it_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(speed, "has_bf16", cache(speed.has_bf16.__wrapped__))
+    speed._say_that_bf16_is_missing.cache_clear()
     e = PRESETS["smoke"]
     net = awake(build_unet(e, 2))
     expected = net(*batch(e, 4))
