@@ -97,7 +97,7 @@ def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], 
     axis.set_ylabel("flow-matching loss")
     axis.set_title(title, fontsize=11)
     if len(losses) > 1:
-        axis.legend(frameon=False, fontsize=8, ncols=2 if len(losses) > 5 else 1)
+        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
