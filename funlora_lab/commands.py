@@ -1,241 +1,240 @@
 """One small function a subcommand of ``funlora``: it calls the package and prints. Imports are made when needed."""
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import signal
 import sys
 import time
+import traceback
+import types
+from functools import partial
 from pathlib import Path
 
-from funlora_lab.config import METHODS, Experiment, override
+from tqdm import tqdm
+
+import funlora_lab
 from funlora_lab.errors import LabError, Stopped
+from funlora_lab.experiment import Experiment, override, shown
 from funlora_lab.presets import PRESETS, preset
 
 
-def experiment_of(arguments) -> Experiment:
-    words = list(arguments.settings)
-    words += [f"method={arguments.method}"] if arguments.method is not None else []
-    words += [f"seed={arguments.seed}"] if arguments.seed is not None else []
-    return override(preset(arguments.preset), words)
-
-
-def run(arguments) -> None:
-    stop = _Stop(arguments.minutes)
-    experiment = experiment_of(arguments)
-    from funlora_lab import continual, distributed, shares
-    from funlora_lab.store import Run
-    from funlora_lab.training import Runtime
-
-    runtime = Runtime(
-        distributed.own_device(continual.pick_device(arguments.device)), stop, tell=_tell, compile=arguments.compile
-    )
-    if arguments.repair:
-        for finding in Run.of(experiment).repair():
-            _tell(f"Deleted: {str(finding).partition(';')[0]}.")
-    try:
-        if distributed.launched() and not _base_together(experiment, runtime):
-            return
-        if arguments.classes is not None or arguments.worker is not None:
-            _print_share(
-                _shown(shares.learn(experiment, runtime, None, arguments.classes, arguments.worker)), arguments
-            )
-        else:
-            _print_result(_shown(continual.run(experiment, runtime)), experiment, runtime, stop.begun, arguments)
-    except Stopped as reason:
-        if not stop.late:
-            raise
-        command = shlex.join(["funlora", *arguments.words])
-        if arguments.json:
-            print(json.dumps({"finished": False, "reason": str(reason), "command": command}))
-        else:
-            print(f"{reason} Everything is saved; the same command goes on from there:\n  {command}")
-
-
-def _shown(events) -> dict:
-    """Show events as they come; returns the last one."""
-    from funlora_lab.progress import Progress
-
-    event = {}
-    with Progress(sys.stderr) as progress:
-        for event in events:
-            progress.show(event)
-    return event
-
-
-def _base_together(experiment: Experiment, runtime) -> bool:
-    """Train the base in all processes that torchrun started; true for the one that goes on with the rest alone."""
-    from funlora_lab import distributed, shares
-
-    with distributed.team_of(runtime.device) as team:
-        events = shares.learn(experiment, dataclasses.replace(runtime, team=team))
+def execute(*files: str | Path) -> types.ModuleType | None:
+    """Execute Python files, which may import their neighbours -> the last one's module; LabError says what fails."""
+    module = None
+    for file in files:
+        path = Path(file).absolute()
+        module = sys.modules[str(path)] = types.ModuleType(str(path))
+        module.__file__ = str(path)
+        sys.path += [str(path.parent)] * (str(path.parent) not in sys.path)
         try:
-            if team.rank == 0:
-                _shown(events)
-            for _ in events:
-                pass
-        except Stopped:
-            if team.rank == 0:
-                raise
-        return team.rank == 0
+            exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        except (Exception, SystemExit) as reason:
+            line = [frame.lineno for frame in traceback.extract_tb(reason.__traceback__) if frame.filename == str(path)]
+            where = f"{file}, line {line[-1]}" if line else f"{file}"
+            raise LabError(f"{where}: {' '.join([type(reason).__name__, *str(reason).split()])}") from None
+    return module
 
 
-def _print_share(share: dict, arguments) -> None:
-    if arguments.json:
-        print(json.dumps(share | {"finished": True}))
-    else:
-        print(f"Learned {', '.join(share['classes'])} in {share['home']}; `funlora merge` brings them to another home.")
+def experiment_of(arguments) -> Experiment:
+    """The preset with all settings of the command line."""
+    named = [f"{name}={vars(arguments)[name]}" for name in ("method", "seed") if vars(arguments)[name] is not None]
+    return override(preset(arguments.preset), arguments.settings + named)
 
 
-def _print_result(result: dict, experiment: Experiment, runtime, begun: float, arguments) -> None:
-    from funlora_lab.opened import OpenRun
-    from funlora_lab.store import Run
-    from funlora_lab.studies import pictures
-
-    run = Run.of(experiment)
-    paths = pictures.stored(run.folder) or pictures.save(OpenRun(run, runtime))
-    if arguments.json:
-        keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
-        print(json.dumps({key: result[key] for key in keys} | {"finished": True}))
-    else:
-        print(closing_table(result))
-        print(f"\nPictures: {', '.join(path.name for path in paths)} in {run.folder}")
-        print(f"This call took {time.monotonic() - begun:.1f} s.")
-
-
-def merge(arguments) -> None:
-    from funlora_lab import shares
-
-    facts = shares.merge([Path(folder).expanduser() for folder in arguments.folders])
-    if arguments.json:
-        print(json.dumps(facts))
-        return
-    brought = ", ".join(f"{count} {kind}" for kind, count in facts["brought"].items()) or "nothing new"
-    print(f"Brought to {facts['home']}: {brought}; {facts['known']} files were here already.")
-    if facts["unfinished"]:
-        print(f"{facts['unfinished']} unfinished artefacts were left out: finish their shares and merge again.")
-
-
-def verify(arguments) -> int:
-    from funlora_lab.certificate import verify
-    from funlora_lab.continual import pick_device
-    from funlora_lab.store import Run
-
-    report = verify(Run.at(arguments.run), pick_device(arguments.device))
-    if arguments.json:
-        print(json.dumps(report.json()))
-    else:
-        print(report.table().to_string())
-        for sentence in report.notes + report.sentences():
-            print(sentence)
-        print(
-            f"{len(report.compared)} comparisons: " + ("nothing changed." if report.unchanged else "SOMETHING CHANGED.")
-        )
-    return 0 if report.unchanged else 1
-
-
-def _measured(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
-
-
-def bench(arguments) -> None:
-    experiment = experiment_of(arguments)
-    from funlora_lab import bench
-    from funlora_lab.continual import pick_device
-    from funlora_lab.training import Runtime
-
-    runtime = Runtime(device=pick_device(arguments.device), compile=arguments.compile, save_seconds=float("inf"))
-    result = bench.measure(
-        experiment, runtime, arguments.batch, arguments.repeats, say=lambda what: print(f"{what} ...", file=sys.stderr)
-    )
-    print(json.dumps(result) if arguments.json else bench.table(result))
-
-
-def closing_table(result: dict) -> str:
-    """The closing lines of a run, aligned."""
-    rows = [
-        ("method", result["method"]),
-        ("LA", f"{_measured(result['LA'])}   accuracy over all classes after the last task"),
-        ("AIA", f"{_measured(result['AIA'])}   its mean over the tasks"),
-        ("PPC", f"{result['PPC']:,}   numbers learned for one class"),
-        (
-            "recognition",
-            f"{_measured(result['recognition'])}   share of new classes' samples that a real-data judge knows",
-        ),
-        ("flow loss", f"{_measured(result['flow_loss'])}   on held-out images of new classes"),
-        ("seconds", f"{result['seconds']:.1f}   training, sampling and classifiers, whenever they ran"),
-        ("run", result["run"]),
-    ]
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
-
-
-def _tell(sentence: str) -> None:
+def tell(sentence: str) -> None:
     print(f"funlora: {sentence}", file=sys.stderr, flush=True)
 
 
-class _Stop:
-    """Asked before every step: the sentence that says why to stop now, else None.
+class Progress:
+    """Shows the events of a run on a terminal: one bar for the stage at work, one line a task."""
 
-    Reasons are SIGTERM, the first Ctrl-C (a second one stops at once) and that the minutes are over.
-    """
+    def __init__(self, stream=None):
+        self.stream, self.bar, self.stage = stream or sys.stderr, None, ""
+
+    def close(self, line: str = "") -> None:
+        """Take the bar away and print a line, if any."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar, self.stage = None, ""
+        if line:
+            print(line, file=self.stream, flush=True)
+
+    def __call__(self, event: dict) -> None:
+        """Show one event; those read back from disk move no bar."""
+        match event["event"]:
+            case "run":
+                tasks = " | ".join(" ".join(event["classes"][c] for c in task) for task in event["tasks"])
+                self.close(f"{event['preset']}, {event['method']}, seed {event['seed']}; tasks: {tasks}")
+            case "loss" if "replayed" not in event:
+                stage, note = event["stage"], f"loss {event['loss']:.4f}"
+                if "class" in event:  # classes side by side report in turn: one bar serves them all
+                    stage, note = "adapters", f"class {event['class']}, {note}"
+                elif "classes" in event:
+                    stage = f"classifier of {event['classes']} classes"
+                self._advance(stage, event["step"], event["steps"], event["seconds"], note)
+            case "samples" if "replayed" not in event:
+                self._advance(f"samples of class {event['class']}", event["drawn"], event["of"], event["seconds"])
+            case "accuracy":
+                each = " ".join(f"{value:.3f}" for value in event["per_task"])
+                self.close(f"task {event['task']}/{event['of']}: accuracy {event['average']:.4f} (by task: {each})")
+
+    def _advance(self, stage: str, done: int, total: int, seconds: float, note: str = "") -> None:
+        """Move the bar of a stage that took ``seconds`` for what is ``done``: by these its speed is shown."""
+        begun = time.time() - seconds
+        if stage != self.stage or done < self.bar.n:
+            self.close()
+            # smoothing 0: the speed is that since the beginning; delay: nothing is drawn before the first report
+            look = {"leave": False, "dynamic_ncols": True, "smoothing": 0, "miniters": 1, "delay": 1e-3}
+            self.stage, self.bar = stage, tqdm(total=total, desc=stage, file=self.stream, **look)
+            self.bar.last_print_t = begun
+        self.bar.start_t = begun
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+class Stop:
+    """Asked after every step: the sentence that says why to stop (SIGTERM, Ctrl-C, minutes being over), else None."""
 
     def __init__(self, minutes: float | None):
-        self.begun, self.minutes, self.asked = time.monotonic(), minutes, False
+        self.begun, self.minutes, self.asked, self.late = time.monotonic(), minutes, False, False
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    @property
-    def late(self) -> bool:
-        return self.minutes is not None and not self.asked and time.monotonic() - self.begun >= 60 * self.minutes
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the process
 
     def __call__(self) -> str | None:
         if self.asked:
             return "Asked to stop; everything is saved and the same command resumes the run."
+        self.late = self.minutes is not None and time.monotonic() - self.begun >= 60 * self.minutes
         return f"Stopped after {self.minutes:g} minutes, as asked." if self.late else None
 
 
+def run(arguments) -> None:
+    stop, experiment = Stop(arguments.minutes), experiment_of(arguments)
+    from funlora_lab import continual, store, training
+    from funlora_lab.studies import keep
+
+    record, device = store.Run.of(experiment), training.own_device(training.pick_device(arguments.device))
+    try:
+        with contextlib.closing(Progress()) as progress:
+            runtime = training.Runtime(device, stop, report=progress, tell=tell, compile=arguments.compile)
+            if not _base_together(record, runtime, arguments.repair):
+                return
+            result = continual.run(experiment, runtime=runtime)
+            pictures = keep.stored_pictures(record.folder) or keep.save_pictures(continual.OpenRun(record, runtime))
+    except Stopped as reason:
+        if not stop.late:
+            raise
+        said = {"finished": False, "reason": str(reason), "command": shlex.join(["funlora", *arguments.words])}
+        text = f"{reason} Everything is saved; the same command goes on from there:\n  {said['command']}"
+        return print(json.dumps(said) if arguments.json else text)
+    if arguments.json:
+        keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
+        return print(json.dumps({key: result[key] for key in keys} | {"finished": True}))
+    print(closing_table(result))
+    print(f"\nPictures: {', '.join(path.name for path in pictures)} in {record.folder}")
+    print(f"This call took {time.monotonic() - stop.begun:.1f} s.")
+
+
+def _base_together(record, runtime, repair: bool) -> bool:
+    """Repair, and train the base in all processes that torchrun started; true for the one that then goes on alone."""
+    from funlora_lab import continual, training
+
+    with training.team_of(runtime.device) if training.launched() else contextlib.nullcontext(runtime.team) as team:
+        first = team.rank == 0
+        if repair and first:
+            for finding in record.repair():
+                tell(f"Deleted: {str(finding).partition(';')[0]}.")
+        team.wait()
+        if team.size > 1:
+            report = runtime.report if first else training.ignore
+            with contextlib.nullcontext() if first else contextlib.suppress(Stopped):  # one of them says it
+                continual.learn_base(record.experiment, dataclasses.replace(runtime, team=team, report=report))
+        return first
+
+
+def measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def aligned(rows: dict[str, str]) -> str:
+    """Names and texts in two columns, one pair a line."""
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in rows.items())
+
+
+def closing_table(r: dict) -> str:
+    """The closing lines of a run."""
+    rows = {
+        "method": r["method"],
+        "LA": f"{measured(r['LA'])}   accuracy over all classes after the last task",
+        "AIA": f"{measured(r['AIA'])}   its mean over the tasks",
+        **({"own LA": f"{measured(r['own_LA'])}   the same of its own classifier"} if "own_LA" in r else {}),
+        "PPC": f"{r['PPC']:,}   numbers learned for one class",
+        "recognition": f"{measured(r['recognition'])}   share of new classes' samples that a real-data judge knows",
+        "flow loss": f"{measured(r['flow_loss'])}   on held-out images of new classes",
+        "seconds": f"{r['seconds']:.1f}   training, sampling and classifiers, whenever they ran",
+        "run": r["run"],
+    }
+    return aligned(rows)
+
+
+def verify(arguments) -> int:
+    from funlora_lab import store, training
+
+    found = funlora_lab.verify(store.Run.at(arguments.run), training.pick_device(arguments.device))
+    said = [found.table().to_string(), *found.notes, *found.sentences()]
+    said += [f"{len(found.compared)} comparisons: {'nothing changed' if found.unchanged else 'SOMETHING CHANGED'}."]
+    print(json.dumps(found.json()) if arguments.json else "\n".join(said))
+    return 0 if found.unchanged else 1
+
+
+def bench(arguments) -> None:
+    from funlora_lab import store, training
+
+    if store.checkout() is None:
+        raise LabError("The benchmark comes with a clone: run it from one, installed with pip install -e.")
+    benchmark = execute(store.checkout() / "tests" / "benchmark.py")
+    runtime = training.Runtime(training.pick_device(arguments.device), compile=arguments.compile)
+    result = benchmark.measure(experiment_of(arguments), runtime, arguments.batch, arguments.repeats, tell=tell)
+    print(json.dumps(result) if arguments.json else benchmark.table(result))
+
+
 def quality(arguments) -> None:
-    from funlora_lab.opened import open_folder
     from funlora_lab.studies import fidelity, quality
 
-    for name in ("draws", "images"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise LabError(f"--{name} {getattr(arguments, name)}: accepted is a whole number from 1 up.")
-    opened = open_folder(arguments.run, arguments.device)
-    tables = {}
+    run = funlora_lab.open_folder(arguments.run, arguments.device)
+    tables = {"classifier features": quality.classifier_quality(run, arguments.draws, arguments.split)}
     if arguments.inception:
         weights = None if arguments.inception == "download" else arguments.inception
-        tables["inception"] = fidelity.inception_quality(
-            opened, weights, arguments.split, arguments.images, arguments.draws
-        )
-    tables = {"classifier features": quality.classifier_quality(opened, arguments.draws, arguments.split)} | tables
+        more = (weights, arguments.split, arguments.images, arguments.draws)
+        tables["inception"] = fidelity.inception_quality(run, *more)
     if arguments.json:
-        print(json.dumps({name: table.to_dict("records") for name, table in tables.items()}))
-        return
+        return print(json.dumps({name: table.to_dict("records") for name, table in tables.items()}))
     for name, table in tables.items():
-        print(f"{name} ({opened.run.folder.name})\n{quality.wide(table).to_string()}\n")
+        print(f"{name} ({run.run.folder.name})\n{quality.wide(table).to_string()}\n")
 
 
 def listing(arguments) -> None:
-    from funlora_lab.store import home
+    from funlora_lab import data, flow, store, systems
 
-    print("presets   " + ", ".join(PRESETS))
-    print("methods   " + ", ".join(METHODS))
-    print("settings  (of the preset digits)")
-    for field in dataclasses.fields(Experiment):
-        print(f"  {field.name} = {getattr(PRESETS['digits'], field.name)}")
-    print(f"runs in {home()}")
-    for config in sorted(home().glob("*/config.json")):
-        results = config.with_name("results.json")
-        if results.exists():
-            found = json.loads(results.read_text())
-            print(f"  {config.parent.name}  LA {_measured(found['LA'])}  AIA {_measured(found['AIA'])}")
-        else:
-            print(f"  {config.parent.name}  unfinished")
+    runs = {}
+    for line in store.listing():
+        scores = [f"{name} {measured(line['results'].get(name))}" for name in ("LA", "AIA") if line["results"]]
+        runs[line["name"]] = "  ".join(scores) or line["state"]
+    tables = {
+        "presets": {name: f"{e.data}, tasks {e.split}, {e.base.images:,} images" for name, e in PRESETS.items()},
+        "methods and systems (method=NAME)": systems.all_methods(),
+        "solvers (solver=NAME)": flow.SOLVERS,
+        "data sources (data=NAME)": {name: source.about for name, source in data.SOURCES.items()},
+        "settings of the preset digits": {name: shown(value) for name, value in PRESETS["digits"].flat.items()},
+        f"runs in {store.home()}": runs,
+    }
+    print("\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in tables.items()))
 
 
 def ledger(arguments) -> None:
@@ -246,63 +245,54 @@ def ledger(arguments) -> None:
 
 
 def export(arguments) -> None:
-    from funlora_lab.opened import open_folder
-
-    opened = open_folder(arguments.run, "cpu")
-    cls = opened.class_of(arguments.cls)
-    path = opened.export_class(cls, Path(arguments.to or f"class-{cls}.safetensors"))
-    print(f"Class {opened.known[cls]} is in {path}, {path.stat().st_size:,} bytes.")
+    run = funlora_lab.open_folder(arguments.run, "cpu")
+    cls = run.class_of(arguments.cls)
+    path = run.export_class(cls, Path(arguments.to or f"class-{cls}.safetensors"))
+    print(f"Class {run.known[cls]} is in {path}, {path.stat().st_size:,} bytes.")
 
 
 def bring(arguments) -> None:
-    from funlora_lab.opened import open_folder
-
-    opened = open_folder(arguments.run, "cpu")
-    cls = opened.import_class(Path(arguments.file))
-    print(f"Class {opened.known[cls]} (index {cls}) is now in {opened.run.folder}.")
+    run = funlora_lab.open_folder(arguments.run, "cpu")
+    cls = run.import_class(Path(arguments.file))
+    print(f"Class {run.known[cls]} (index {cls}) is in {run.run.folder}.")
 
 
 def remove(arguments) -> None:
-    from funlora_lab.opened import open_folder
-
-    opened = open_folder(arguments.run, "cpu")
-    cls = opened.class_of(arguments.cls)
-    name = opened.known[cls]
-    opened.remove_class(cls)
-    print(f"Class {name} (index {cls}) is no longer in {opened.run.folder}; its training stays in the store.")
+    run = funlora_lab.open_folder(arguments.run, "cpu")
+    cls = run.class_of(arguments.cls)
+    name = run.known[cls]
+    run.remove_class(cls)
+    print(f"Class {name} (index {cls}) is taken out of {run.run.folder}; its training stays in the store.")
 
 
 def sweep(arguments) -> None:
-    from funlora_lab.studies import designs, sweeps, tables
+    from funlora_lab.studies import sweeps, tables
 
-    if arguments.seeds < 1:
-        raise LabError(f"seeds={arguments.seeds}: accepted is a whole number from 1 up.")
-    base = designs.base_of(arguments.preset, arguments.settings)
-    wanted = designs.rows(designs.cells(arguments.tables.split(","), base, range(arguments.seeds)), arguments.rows)
+    base = tables.base_of(arguments.preset, arguments.settings)
+    wanted = tables.cells(arguments.tables.split(","), base, range(arguments.seeds), arguments.rows)
     print(sweeps.status(wanted).to_string(), flush=True)
     if arguments.plan:
-        print(f"What remains takes about {sweeps.estimate(wanted, arguments.device):.0f} s.")
-        return
-    sweeps.perform(wanted, arguments.device, show=print, each=lambda line: print(" ", line, flush=True))
+        return print(f"What remains takes about {sweeps.estimate(wanted, arguments.device):.0f} s.")
+    prepare, each = partial(execute, *arguments.files), lambda line: print(" ", line, flush=True)
+    sweeps.perform(wanted, arguments.device, show=print, each=each, prepare=prepare)
     for name, table in sweeps.summary(sweeps.collect(wanted)).groupby(level=0, sort=False):
-        print(f"\n{name}\n{tables.readable(table).to_string()}")
+        print(f"\n{name}\n{sweeps.readable(table).to_string()}")
 
 
 def notebooks(arguments) -> None:
-    from funlora_lab.headless import execute
+    from funlora_lab.workbench.notebooks import execute
 
-    for path in execute(arguments.preset, arguments.settings, arguments.only):
-        print(path)
+    print(*execute(arguments.preset, arguments.settings, arguments.only), sep="\n")
 
 
 def lab(arguments) -> int:
-    from funlora_lab import lab
+    from funlora_lab.workbench.notebooks import start_lab
 
-    return lab.start(arguments.port, not arguments.no_browser)
+    return start_lab(arguments.port, not arguments.no_browser)
 
 
 def report(arguments) -> None:
-    from funlora_lab.opened import open_folder
     from funlora_lab.workbench import report
 
-    print(report.write(open_folder(arguments.run), Path(arguments.to).absolute() if arguments.to else None))
+    run = funlora_lab.open_folder(arguments.run, arguments.device)
+    print(report.write(run, Path(arguments.to).absolute() if arguments.to else None))

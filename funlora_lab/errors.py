@@ -2,10 +2,7 @@
 
 
 class LabError(Exception):
-    """Something outside the program is wrong; the message is one sentence that names it and what is accepted.
-
-    The command prints it without a traceback and exits with status 2; notebooks show it as it is.
-    """
+    """Something outside the program is wrong; the message is one sentence that names it and what is accepted."""
 
 
 class Stopped(LabError):

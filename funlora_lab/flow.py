@@ -1,100 +1,165 @@
-"""Flow matching: the training loss of Eq. 1-2 and the solver that turns noise into images.
+"""Flow matching: the training loss of Eq. 1-2 and the solvers that turn noise into images.
 
 Letters: B images, C channels, H x W pixels. Time runs from t = 0 (noise) to t = 1 (image); images lie in [-1, 1].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from funlora_lab.adaptive import dopri5_each
 from funlora_lab.errors import LabError
-from funlora_lab.streams import stream
+from funlora_lab.seeds import stream
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # v(t, x): t (B,) or (), x (B, C, H, W) -> (B, C, H, W)
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor] | None  # (t, x, v) -> the velocity in place of v
+
+SOLVERS = {
+    "euler": "a fixed grid, order 1, one evaluation of the network a step",
+    "midpoint": "a fixed grid, order 2, two evaluations a step",
+    "rk4": "a fixed grid, order 4, four evaluations a step (torchdiffeq's 3/8 rule)",
+    "dopri5": "Dormand-Prince 5(4), steps chosen to a tolerance for the batch as a whole",
+    "dopri5-each": "Dormand-Prince 5(4), steps chosen to a tolerance for every image by itself",
+}
+EVALUATIONS_A_STEP = {"euler": 1, "midpoint": 2, "rk4": 4}  # of the solvers on a fixed grid
 
 
 def flow_loss(velocity: Velocity, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """Eq. 1 for each image: mean over pixels of (v(t, x_t) - (x1 - x0))^2, with x_t = t x1 + (1 - t) x0 (Eq. 2).
-
-    x1 images (B, C, H, W), x0 noise of the same shape, t (B,) in [0, 1] -> (B,)
-    """
+    """Eq. 1 of every image, (B,): mean over pixels of (v(t, x_t) - (x1 - x0))^2, x_t = t x1 + (1 - t) x0 (Eq. 2)."""
     weight = t[:, None, None, None]
     predicted = velocity(t, weight * x1 + (1 - weight) * x0)
     return (predicted.float() - (x1 - x0)).square().mean((1, 2, 3))
 
 
+def noise(seed: int, cls: int, chunk: int, shape: tuple[int, ...]) -> Tensor:
+    """The starting noise of one chunk of one class, drawn on the CPU: the same for every method, run and device."""
+    return torch.randn(shape, generator=stream(seed, "noise", cls, chunk))
+
+
 @dataclass(frozen=True)
 class Solver:
-    """How dx/dt = v is integrated: euler, midpoint or rk4 on a fixed grid of ``steps``, or dopri5 to ``tolerance``.
-
-    Evaluations of the network a step: euler 1, midpoint 2, rk4 (torchdiffeq's 3/8 rule) 4. dopri5 chooses its steps
-    for the batch as a whole, so its images depend, within the tolerance, on what is drawn together; in dopri5-each
-    every image chooses its own.
-    """
+    """How dx/dt = v is integrated: one of SOLVERS, on a grid of ``steps`` or, where ``adaptive``, to ``tolerance``."""
 
     name: str = "midpoint"
     steps: int = 4
     tolerance: float = 1e-5
 
-    def path(self, velocity: Velocity, x0: Tensor, frames: int | None = None) -> tuple[Tensor, int]:
+    def __post_init__(self):
+        if self.name not in SOLVERS:
+            raise LabError(f"solver={self.name}: accepted is one of {', '.join(SOLVERS)}.")
+
+    @property
+    def adaptive(self) -> bool:
+        return self.name not in EVALUATIONS_A_STEP
+
+    @property
+    def identity(self) -> dict:
+        """The settings that an image depends on."""
+        return {"solver": self.name} | ({"tolerance": self.tolerance} if self.adaptive else {"steps": self.steps})
+
+    def path(self, velocity: Velocity, x0: Tensor, frames: int = 0, correct: Correction = None) -> tuple[Tensor, int]:
         """(states (frames, B, C, H, W) at equal times from noise x0 at t = 0 to images at t = 1, evaluations).
 
-        ``frames`` is by default one for the noise and one for every step of the grid (11 for dopri5), and never changes
-        the last state of a fixed grid; frames between two steps are interpolated (dopri5-each starts anew at each).
+        By default the noise and every step of the grid (11 states of an adaptive solver); states between two steps are
+        interpolated, but dopri5-each starts anew at each. ``correct(t, x, v)`` replaces v at every evaluation.
         """
-        frames = frames or (11 if self.name.startswith("dopri5") else self.steps + 1)
-        evaluations = 0
+        evaluations, frames = 0, frames or (11 if self.adaptive else self.steps + 1)
 
         def counted(t: Tensor, x: Tensor) -> Tensor:
             nonlocal evaluations
             evaluations += 1
-            return velocity(t, x).float()
+            v = velocity(t, x).float()
+            return correct(t, x, v) if correct else v
 
-        def grid(*_) -> Tensor:
-            return torch.linspace(0, 1, self.steps + 1, device=x0.device)
-
-        times = torch.linspace(0, 1, frames, device=x0.device)
-        if self.name == "dopri5":
-            settings = {"atol": self.tolerance, "rtol": self.tolerance}
-        else:
-            settings = {"options": {"grid_constructor": grid}}
+        times, grid = (torch.linspace(0, 1, count, device=x0.device) for count in (frames, self.steps + 1))
+        bound = self.tolerance
+        options = None if self.adaptive else {"grid_constructor": lambda *_: grid}
         try:
-            with torch.no_grad():
-                if self.name == "dopri5-each":
-                    states = torch.stack(list(self._each(counted, x0, times.tolist())))
-                else:
-                    states = odeint(counted, x0, times, method=self.name, **settings)
-        except AssertionError as reason:
+            if self.name == "dopri5-each":
+                each = partial(dopri5_each, counted, bound)
+                states = torch.stack(list(accumulate(pairwise(times.tolist()), each, initial=x0)))
+            else:
+                states = odeint(counted, x0, times, rtol=bound, atol=bound, method=self.name, options=options)
+        except (AssertionError, FloatingPointError) as reason:  # torchdiffeq's and ours
             raise LabError(
-                f"The solver {self.name} gave up ({reason}): the velocity is not finite or not smooth; "
-                "accepted alternatives are a fixed grid (euler, midpoint, rk4) or a larger tolerance."
+                f"The solver {self.name} gave up ({str(reason).partition(':')[0]}): the velocity is not finite or not "
+                "smooth; accepted alternatives are a fixed grid (euler, midpoint, rk4) or a larger tolerance."
             ) from None
         if not torch.isfinite(states[-1]).all():
             raise LabError(f"The solver {self.name} left the finite numbers: the network has diverged.")
         return states, evaluations
 
-    def _each(self, velocity: Velocity, x: Tensor, times: list[float]) -> Iterator[Tensor]:
-        """The states of dopri5-each at ``times``: from one to the next it runs over a time of its own from 0 to 1."""
-        yield x
-        for first, last in pairwise(times):
-
-            def stretched(t: Tensor, x: Tensor, first=first, span=last - first) -> Tensor:
-                return span * velocity(first + span * t, x)
-
-            x = dopri5_each(stretched, x, self.tolerance)
-            yield x
-
-    def integrate(self, velocity: Velocity, x0: Tensor) -> tuple[Tensor, int]:
+    def integrate(self, velocity: Velocity, x0: Tensor, correct: Correction = None) -> tuple[Tensor, int]:
         """(images at t = 1, evaluations of the network) from noise x0 (B, C, H, W) at t = 0."""
-        states, evaluations = self.path(velocity, x0, frames=2)
+        states, evaluations = self.path(velocity, x0, 2, correct)
         return states[-1], evaluations
 
 
-def noise(seed: int, cls: int, chunk: int, shape: tuple[int, ...]) -> Tensor:
-    """The starting noise of one chunk of one class, drawn on the CPU: the same for every method, run and device."""
-    return torch.randn(shape, generator=stream(seed, "noise", cls, chunk))
+# Dormand & Prince 1980: times and weights of the stages, the solution of order 5, and its difference to order 4
+TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+SMALLEST = 1e-7  # a step below this share of the way is a velocity that no step size can follow
+
+
+def dopri5_each(velocity: Velocity, tolerance: float, x: Tensor, span: tuple[float, float]) -> Tensor:
+    """States (B, C, H, W) at the end of ``span`` from states x at its start, each image's error within ``tolerance``.
+
+    Each has its own time and step and waits when it has arrived: its bits depend on its noise and the batch size only.
+    """
+    first, last = span
+
+    def stretched(t: Tensor, x: Tensor) -> Tensor:  # over a time that runs from 0 to 1
+        return (last - first) * velocity(first + (last - first) * t.to(x.dtype), x)
+
+    t = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    slope = stretched(t, x)
+    h = _first_step(stretched, x, slope, tolerance).detach()
+    while (active := t < 1).any():
+        h = torch.minimum(h, 1 - t)  # images that have arrived take steps of length zero
+        wide, slopes = h.to(x.dtype)[:, None, None, None], [slope]
+        for time, stage in zip(TIMES, STAGES, strict=True):
+            x_i = x + wide * sum(a * k for a, k in zip(stage, slopes, strict=True) if a)
+            slopes.append(stretched(t + time * h, x_i))
+        error = wide * sum(e * k for e, k in zip(ERROR, slopes, strict=True) if e)
+        ratio = _size(error / (tolerance + tolerance * torch.maximum(x.abs(), x_i.abs()))).detach()
+        if not torch.isfinite(ratio[active]).all():
+            raise FloatingPointError("a velocity that is not finite")
+        taken = active & (ratio <= 1)
+        arrived = taken & (t + h >= 1 - 1e-12)
+        x = torch.where(taken[:, None, None, None], x_i, x)
+        slope = torch.where(taken[:, None, None, None], slopes[-1], slope)  # the last stage is the next step's first
+        t = torch.where(arrived, 1.0, torch.where(taken, t + h, t))
+        factor = (0.9 * ratio.clamp(min=1e-10) ** -0.2).clamp(0.2, 10.0)
+        h = torch.where(active, h * torch.where(taken, factor, factor.clamp(max=1.0)), h)
+        if (h[t < 1] < SMALLEST).any():
+            raise FloatingPointError(f"underflow in dt, a step below {SMALLEST:g}")
+    return x
+
+
+def _first_step(velocity: Velocity, x: Tensor, slope: Tensor, tolerance: float) -> Tensor:
+    """A first step for every image (B,), by Hairer, Norsett & Wanner, Solving ODEs I, II.4."""
+    scale = tolerance + tolerance * x.abs()
+    d0, d1 = _size(x / scale), _size(slope / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1.clamp(min=1e-30))
+    ahead = velocity(h0, x + h0.to(x.dtype)[:, None, None, None] * slope)
+    d2 = _size((ahead - slope) / scale) / h0
+    steepest = torch.maximum(d1, d2)
+    h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / steepest.clamp(min=1e-30)) ** 0.2)
+    return torch.minimum(100 * h0, h1).clamp(SMALLEST, 1.0)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Root mean square of every image -> (B,), in float64."""
+    return x.double().flatten(1).square().mean(1).sqrt()

@@ -7,9 +7,7 @@ import statistics
 import sys
 import time
 
-from funlora_lab.opened import open_run
-from funlora_lab.presets import preset
-from funlora_lab.workbench import panels
+from funlora_lab import open_run, preset
 from funlora_lab.workbench.page import Workbench
 
 
@@ -23,13 +21,12 @@ def main(name: str) -> None:
         f"slider move: median {statistics.median(moves):.1f} ms, slowest of 50 {max(moves):.1f} ms (wanted: below 100)"
     )
     samples = bench.samples
-    classes = list(bench.opened.known)[:10]
-    settings = (8, samples.chosen_solver, 0)
-    panels.sample_sheet(bench.opened, classes[:1], *settings)  # the judge is read once
+    classes = list(bench.run.known)[:10]
+    samples.drawer.sheet(classes[:1])  # the judge is read once
     times = []
     for _ in range(5):
         begun = time.perf_counter()
-        panels.sample_sheet(bench.opened, classes, *settings)
+        samples.drawer.sheet(classes)
         times.append(time.perf_counter() - begun)
     print(f"{len(classes)} x 8: median {statistics.median(times):.2f} s, slowest {max(times):.2f} s (wanted: below 2)")
 

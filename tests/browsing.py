@@ -17,8 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from funlora_lab import lab
-from funlora_lab.headless import notebooks_folder
+from funlora_lab.workbench import notebooks
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -45,7 +44,7 @@ def chromium() -> str | None:
 
 def prepared(folder: Path, preset: str, theme: str) -> Path:
     """A copy of the workbench notebook with ``preset`` as its parameter, and JupyterLab's settings beside it."""
-    notebook = nbformat.read(notebooks_folder() / "00_workbench.ipynb", as_version=4)
+    notebook = nbformat.read(notebooks.folder() / "00_workbench.ipynb", as_version=4)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = cell.source.replace('preset: str = "digits"', f'preset: str = "{preset}"')
@@ -68,21 +67,21 @@ def prepared(folder: Path, preset: str, theme: str) -> Path:
 def jupyterlab(folder: Path, home: Path, preset: str, theme: str = "JupyterLab Light"):
     """Start JupyterLab as ``funlora lab`` does; yields the address of the notebook with its token."""
     with socket.socket() as free:
-        free.bind((lab.ADDRESS, 0))
+        free.bind((notebooks.ADDRESS, 0))
         port = free.getsockname()[1]
-    notebooks = prepared(folder, preset, theme)
+    copied = prepared(folder, preset, theme)
     own = {"JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTER_CONFIG_DIR": folder / "config"}
     own |= {"JUPYTER_RUNTIME_DIR": folder / "runtime", "FUNLORA_HOME": home}
-    surroundings = lab.surroundings() | {name: str(value) for name, value in own.items()}
+    environment = notebooks.environment() | {name: str(value) for name, value in own.items()}
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(
-            lab.command(port, False, notebooks) + (["--allow-root"] if os.geteuid() == 0 else []),
-            env=surroundings,
+            notebooks.lab_command(port, False, copied) + (["--allow-root"] if os.geteuid() == 0 else []),
+            env=environment,
             stdout=log,
             stderr=log,
         )
     try:
-        yield f"http://{lab.ADDRESS}:{port}/lab/tree/00_workbench.ipynb?token={_token(folder, server)}"
+        yield f"http://{notebooks.ADDRESS}:{port}/lab/tree/00_workbench.ipynb?token={_token(folder, server)}"
     finally:
         server.terminate()
         server.wait(30)

@@ -7,10 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # here and in every process started: bits a
 
 import pytest
 
-from funlora_lab import continual
-from funlora_lab.disk import fingerprint, read_tensors
-from funlora_lab.opened import open_run
-from funlora_lab.presets import preset
+from funlora_lab import open_run, preset
+from funlora_lab.store import fingerprint, read_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +21,7 @@ def _own_folders(tmp_path, monkeypatch):
 def smoke_home(tmp_path_factory):
     """A home with one finished run of the smoke preset; read it, but train into other homes."""
     home = tmp_path_factory.mktemp("smoke-home")
-    list(continual.run(preset("smoke"), home=home))
+    open_run(preset("smoke"), "cpu", home=home)
     return home
 
 

@@ -30,13 +30,12 @@ from pathlib import Path
 
 import torch
 
-from funlora_lab import continual, data
-from funlora_lab.disk import fingerprint, read_lines, read_tensors
+from funlora_lab import continual, data, preset
 from funlora_lab.errors import LabError
-from funlora_lab.presets import PRESETS
+from funlora_lab.store import fingerprint, read_lines, read_tensors
 from funlora_lab.training import Runtime
 
-EXPERIMENT = PRESETS["smoke"].but(
+EXPERIMENT = preset("smoke").but(
     split="8-2",
     valid_fraction=0.02,
     multipliers=(1,),
@@ -89,8 +88,7 @@ def start(home: Path, prepare=lambda: None) -> int:
     code = 3
     try:
         prepare()
-        for _ in continual.run(EXPERIMENT, Runtime(save_seconds=0), home):
-            pass
+        continual.run(EXPERIMENT, runtime=Runtime(save_seconds=0), home=home)
         code = 0
     except LabError:
         code = 2
@@ -119,9 +117,7 @@ class Faults:
                 return real_open(file, mode, *words, **more)
             self.pass_or_fail()
             opened = real_open(file, mode, *words, **more)
-            real_write = opened.write
-            faulty = Writer(opened, lambda content: self.write(opened, real_write, content))
-            return faulty
+            return Writer(opened, lambda content: self.write(opened, content))
 
         builtins.open = io.open = open_
         for name in ("replace", "truncate", "unlink", "mkdir", "fsync", "open"):
@@ -149,11 +145,11 @@ class Faults:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write(self, file, real_write, content):
+    def write(self, file, content):
         if not self.due():
-            return real_write(content)
+            return file.write(content)
         if self.way != "full":
-            real_write(content[: len(content) // 2])
+            file.write(content[: len(content) // 2])
             file.flush()
         if self.way == "killed in the middle":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -195,8 +191,7 @@ class Harness:
             os._exit = lambda code: (os.write(write, str(faults.count).encode()), real_exit(code))
 
         end(start(self.folder / "counted", prepare))
-        self.requests = int(os.read(read, 20))
-        self.report["requests to the disk"] = self.requests
+        self.requests = self.report["requests to the disk"] = int(os.read(read, 20))
 
     def undisturbed(self, name: str) -> dict[str, str]:
         assert end(start(self.folder / name)) == 0

@@ -11,9 +11,8 @@ import time
 import nbformat
 from nbclient import NotebookClient
 
-from funlora_lab.headless import notebooks_folder
-from funlora_lab.opened import open_run
-from funlora_lab.presets import preset
+from funlora_lab import open_run, preset
+from funlora_lab.workbench.notebooks import folder as notebooks_folder
 
 PATIENCE = 300  # seconds a cell may take before it counts as hung
 

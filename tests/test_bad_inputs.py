@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,38 +12,63 @@ import pytest
 import torch
 from fault_harness import EXPERIMENT
 
-from funlora_lab import continual
+from funlora_lab import continual, preset
 from funlora_lab.__main__ import main
-from funlora_lab.config import Experiment
+from funlora_lab.experiment import shown
 from funlora_lab.store import Run
 
 SECONDS = 5
+SET = " ".join(f"--set {name}={shown(value)}" for name, value in EXPERIMENT.unlike(preset("smoke")).items())
+RUN = f"run smoke {SET}"
+NAME = Run.of(EXPERIMENT).folder.name
+VERIFY = f"verify {NAME}"
 
-# words of the command -> what its sentence must name
-COMMANDS = [
-    ([], "COMMAND"),
-    (["nonsense"], "nonsense"),
-    (["--nonsense"], "COMMAND"),
-    (["run"], "preset"),
-    (["run", "smok"], "smok"),
-    (["run", "smoke", "digits"], "digits"),
-    (["run", "smoke", "--unknown"], "--unknown"),
-    (["run", "smoke", "--set"], "--set"),
-    (["run", "smoke", "--json=yes"], "--json"),
-    (["run", "../smoke"], "../smoke"),
-    (["run", "smoke", "--method", "lora-xl"], "method=lora-xl"),
-    (["run", "smoke", "--seed", "minus"], "seed=minus"),
-    (["run", "smoke", "--seed", "-1"], "seed=-1"),
-    (["run", "smoke", "--device", "tpu"], "device=tpu"),
-    (["run", "smoke", "--device", "meta"], "device=meta"),
-    (["run", "smoke", "--device", ""], "device="),
-    (["run", "smoke", "--method", "vanilla-add", "--set", "operation=add"], "operation=add"),
-    (["verify"], "run"),
-    (["verify", "no-such-run"], "no-such-run"),
-    (["verify", "../.."], "../.."),
-    (["notebooks"], "preset"),
-    (["notebooks", "no-such-preset"], "no-such-preset"),
-]
+# words of the command : what its sentence must name
+COMMANDS = """
+ : COMMAND
+nonsense : nonsense
+--nonsense : COMMAND
+run : preset
+run smok : smok
+run smoke digits : digits
+run smoke --unknown : --unknown
+run smoke --set : --set
+run smoke --json=yes : --json
+run ../smoke : ../smoke
+run smoke --method lora-xl : method=lora-xl
+run smoke --method vanilla-add --set operation=add : operation=add
+run smoke --seed minus : seed=minus
+run smoke --seed -1 : seed=-1
+run smoke --device tpu : device=tpu
+run smoke --device meta : device=meta
+run smoke --device '' : device=
+run smoke --device cuda:99 : device=cuda:99
+run smoke --compile fast : --compile
+run smoke --minutes 0 : --minutes
+run smoke --minutes -1 : --minutes
+run smoke --minutes nan : --minutes
+run smoke --minutes inf : --minutes
+run smoke --minutes soon : --minutes
+run smoke --with nowhere.py : nowhere.py
+run smoke --with . : .
+run smoke --classes 6:8 : --classes
+run smoke --worker 1/2 : --worker
+merge somewhere : merge
+verify : RUN
+verify no-such-run : no-such-run
+verify ../.. : ../..
+export no-such-run --class 7 : no-such-run
+export no-such-run : --class
+quality no-such-run --draws 0 : --draws
+report no-such-run : no-such-run
+sweep smoke --seeds 0 : --seeds
+sweep smoke --seeds 1.5 : --seeds
+sweep smoke --tables nonsense : nonsense
+bench smoke --batch 0 : --batch
+ledger no-such-preset : no-such-preset
+notebooks : preset
+notebooks no-such-preset : no-such-preset
+"""
 SETTINGS = """
 seed seed= =3 seed=1.5 seed=nan sed=1 preset=digits
 operation=sub start=zero functions=0 functions=two ratio=0 ratio=3 ratio=-1
@@ -61,11 +87,11 @@ classifier_weight_decay=-1 crop=8 crop=-1 log_every=0
 """.split()
 
 
-def damage_config(change):
+def config(change):
     def damage(run: Run) -> None:
-        config = json.loads(run.config_file.read_text())
-        change(config)
-        run.config_file.write_text(json.dumps(config))
+        stored = json.loads(run.config_file.read_text())
+        change(stored)
+        run.config_file.write_text(json.dumps(stored))
 
     return damage
 
@@ -79,37 +105,33 @@ def artefact(kind: str):
     return damage
 
 
-# name -> (what is done to a finished run, command: run or verify, what its sentence must name)
+# what is done to a finished run -> (words of the command, what its sentence must name)
 FOLDERS = {
-    "config is no JSON": (lambda run: run.config_file.write_text("{"), "run", "config.json"),
-    "config is a list": (lambda run: run.config_file.write_text("[]"), "run", "config.json"),
-    "config is binary": (lambda run: run.config_file.write_bytes(os.urandom(64)), "run", "config.json"),
-    "config of another run": (damage_config(lambda c: c["experiment"].update(seed=5)), "run", "seed is 5 there and 0"),
-    "config of another format": (damage_config(lambda c: c.update(format=99)), "run", "99"),
-    "config to verify is no JSON": (lambda run: run.config_file.write_text("{"), "verify", "config.json"),
-    "unknown field to verify": (damage_config(lambda c: c["experiment"].update(exec=1)), "verify", "exec"),
-    "wrong kind to verify": (damage_config(lambda c: c["experiment"].update(split=3)), "verify", "config.json"),
-    "bad value to verify": (damage_config(lambda c: c["experiment"].update(solver="x")), "verify", "solver=x"),
-    "log is binary": (lambda run: run.log_file.write_bytes(b"\x80\n"), "verify", "metrics.jsonl"),
-    "log of lists": (lambda run: run.log_file.write_text("[]\n"), "run", "metrics.jsonl"),
-    "log is empty": (lambda run: run.log_file.write_text(""), "verify", "no certificates"),
-    "results are no JSON": (lambda run: run.results_file.write_text("LA"), "run", "results.json"),
-    "results of something else": (lambda run: run.results_file.write_text("{}"), "run", "results.json"),
-    "network cut short": (artefact("network"), "run", "network-"),
-    "adapter cut short": (artefact("adapter"), "run", "adapter-"),
-    "samples cut short": (artefact("samples"), "run", "samples-"),
-    "classifier cut short": (artefact("classifier"), "run", "classifier-"),
+    "config is no JSON": (lambda run: run.config_file.write_text("{"), RUN, "config.json"),
+    "config is a list": (lambda run: run.config_file.write_text("[]"), RUN, "config.json"),
+    "config is binary": (lambda run: run.config_file.write_bytes(os.urandom(64)), RUN, "config.json"),
+    "config of another run": (config(lambda c: c["experiment"].update(seed=5)), RUN, "seed is 5 there and 0"),
+    "config of another format": (config(lambda c: c.update(format=99)), RUN, "99"),
+    "config to verify is no JSON": (lambda run: run.config_file.write_text("{"), VERIFY, "config.json"),
+    "unknown setting to verify": (config(lambda c: c["experiment"].update(exec=1)), VERIFY, "exec"),
+    "wrong kind to verify": (config(lambda c: c["experiment"].update(split=3)), VERIFY, "config.json"),
+    "bad value to verify": (config(lambda c: c["experiment"].update(functions=0)), VERIFY, "functions=0"),
+    "log is binary": (lambda run: run.log_file.write_bytes(b"\x80\n"), VERIFY, "metrics.jsonl"),
+    "log of lists": (lambda run: run.log_file.write_text("[]\n"), RUN, "metrics.jsonl"),
+    "log is empty": (lambda run: run.log_file.write_text(""), VERIFY, "no certificates"),
+    "results are no JSON": (lambda run: run.results_file.write_text("LA"), RUN, "results.json"),
+    "results of something else": (lambda run: run.results_file.write_text("{}"), RUN, "results.json"),
+    "network cut short": (artefact("network"), RUN, "network-"),
+    "adapter cut short": (artefact("adapter"), RUN, "adapter-"),
+    "samples cut short": (artefact("samples"), RUN, "samples-"),
+    "classifier cut short": (artefact("classifier"), RUN, "classifier-"),
+    "a class nobody learned": (lambda run: None, f"export {NAME} --class 12", "class=12"),
+    "a class of the base": (lambda run: None, f"remove {NAME} --class 3", "class=3"),
+    "no class file": (lambda run: None, f"import {NAME} nowhere.safetensors", "nowhere.safetensors"),
 }
-
-
-def settings_of(experiment: Experiment) -> list[str]:
-    """The words that turn the preset smoke into ``experiment``."""
-    words = []
-    for key, value in vars(experiment).items():
-        if key != "preset":
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += ["--set", f"{key}={text}"]
-    return words
+LINES = [line.partition(" : ") for line in COMMANDS.strip("\n").splitlines()]
+CASES = {words or "nothing": (None, words, cause) for words, _, cause in LINES}
+CASES |= {f"--set {word}": (None, f"run smoke --set {word}", word.partition("=")[0]) for word in SETTINGS} | FOLDERS
 
 
 def contents(folder):
@@ -117,82 +139,58 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def refused(words, capsys) -> str:
-    """Run the command; it must fail in time with a sentence, which is returned."""
-    begun = time.process_time()  # of this process alone: others may keep the machine busy
-    try:
-        status = main(words)
-    except SystemExit as end:
-        status = end.code
-    printed = capsys.readouterr()
-    assert time.process_time() - begun < SECONDS
-    assert status == 2
-    assert printed.out == ""
-    assert "Traceback" not in printed.err
-    sentence = printed.err.strip().splitlines()[-1].split("\r")[-1]
-    assert sentence.startswith("funlora")
-    return sentence
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     home = tmp_path_factory.mktemp("finished")
-    for _ in continual.run(EXPERIMENT, home=home):
-        pass
+    continual.run(EXPERIMENT, home=home)
     return home
 
 
-@pytest.mark.parametrize(("words", "cause"), COMMANDS, ids=lambda value: " ".join(value) if value else "nothing")
-def test_bad_commands(words, cause, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
-    assert cause in refused(words, capsys)
-    assert contents(tmp_path) == {}
-
-
-@pytest.mark.parametrize("word", SETTINGS)
-def test_bad_settings(word, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
-    sentence = refused(["run", "smoke", "--set", word], capsys)
-    assert word.partition("=")[0] in sentence
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_bad_folders(case, finished, capsys, tmp_path, monkeypatch):
-    damage, command, cause = FOLDERS[case]
-    home = shutil.copytree(finished, tmp_path / "home")
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_input_ends_in_one_sentence(case, finished, capsys, tmp_path, monkeypatch):
+    damage, words, cause = CASES[case]
+    home = tmp_path / "home"
     monkeypatch.setenv("FUNLORA_HOME", str(home))
     run = Run.of(EXPERIMENT, home)
-    damage(run)
-    before = contents(home)
-    words = ["verify", run.folder.name] if command == "verify" else ["run", "smoke", *settings_of(EXPERIMENT)]
-    assert cause in refused(words, capsys)
-    after = contents(home)
-    assert {path for path in before if before[path] != after.get(path)} <= {run.log_file, run.config_file}
-    assert after.keys() - before.keys() == set()
+    if damage:
+        shutil.copytree(finished, home)
+        damage(run)
+    before, begun = contents(tmp_path), time.process_time()  # of this process alone: others may keep the machine busy
+    try:
+        status = main(shlex.split(words))
+    except SystemExit as end:
+        status = end.code
+    assert time.process_time() - begun < SECONDS
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert "Traceback" not in printed.err
+    sentence = printed.err.strip().splitlines()[-1].split("\r")[-1]
+    assert sentence.startswith("funlora")
+    assert cause in sentence
+    after = contents(tmp_path)
+    assert after.keys() == before.keys()
+    assert {path for path in before if before[path] != after[path]} <= {run.log_file, run.config_file}
+
+
+def test_there_are_at_least_sixty():
+    assert len(CASES) >= 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(capsys):
-    assert "no CUDA device is available" in refused(["run", "smoke", "--device", "cuda"], capsys)
+    assert main(["run", "smoke", "--device", "cuda"]) == 2
+    assert "no such CUDA device" in capsys.readouterr().err
 
 
-def test_a_bad_patience_in_the_environment(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("FUNLORA_HOME", str(tmp_path))
+def test_bad_patience_in_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("FUNLORA_SAVE_SECONDS", "often")
-    assert "FUNLORA_SAVE_SECONDS=often" in refused(["run", "smoke"], capsys)
-    assert list(tmp_path.iterdir()) == []
+    assert main(["run", "smoke"]) == 2
+    assert "FUNLORA_SAVE_SECONDS=often" in capsys.readouterr().err
 
 
-def test_there_are_at_least_sixty():
-    assert len(COMMANDS) + len(SETTINGS) + len(FOLDERS) >= 60
-
-
-@pytest.mark.parametrize("words", [["run", "smoke", "--set", "seed=x"], ["verify", "nowhere"]])
-def test_the_real_command_says_the_same(words, tmp_path):
-    environment = {**os.environ, "FUNLORA_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "funlora_lab", *words]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_the_real_command_says_the_same(tmp_path):
+    command = [sys.executable, "-m", "funlora_lab", "run", "smoke", "--set", "seed=x"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FUNLORA_HOME": str(tmp_path)})
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("funlora: ")
     assert ended.stderr.count("\n") == 1

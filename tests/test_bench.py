@@ -3,33 +3,31 @@
 import json
 import sys
 
+import benchmark
 import pytest
 import torch
+from benchmark import Race, flops, measure, table
+from contenders import torchcfm_unet
 
-from funlora_lab import bench
+from funlora_lab import LabError, preset
 from funlora_lab.__main__ import main
-from funlora_lab.bench import Race, flops, measure, table
-from funlora_lab.contenders import torchcfm_unet
-from funlora_lab.errors import LabError
-from funlora_lab.network import build_unet
-from funlora_lab.presets import PRESETS
-from funlora_lab.speed import has_bf16
-from funlora_lab.training import Runtime
+from funlora_lab.systems import build_unet
+from funlora_lab.training import Runtime, has_bf16
 
-TINY = PRESETS["smoke"].but(base_channels=32, multipliers=(1,), window="2-5", image_size=4)
+TINY = preset("smoke").but(base_channels=32, multipliers=(1,), window="2-5", image_size=4)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def result():
     pytest.importorskip("torchcfm")
-    return measure(TINY, Runtime(save_seconds=float("inf")), batch=4, repeats=1, lane_images=20)
+    return measure(TINY, Runtime(), batch=4, repeats=1, lane_images=20)
 
 
 def test_one_object_holds_every_ratio_and_rate(result):
     result = json.loads(json.dumps(result))
     bf16 = has_bf16("cpu")
-    for name in bench.RATIOS:
+    for name in benchmark.RATIOS:
         assert (0 < result[name] < 1000) if bf16 or "bf16" not in name else result[name] is None, name
     assert set(result["images_per_second"]) == {"base", "adapter", "sampling"}
     assert all(value > 0 for value in result["images_per_second"].values())
@@ -44,7 +42,7 @@ def test_one_object_holds_every_ratio_and_rate(result):
 
 def test_the_table_shows_every_ratio(result):
     shown = table(result)
-    for name in bench.RATIOS:
+    for name in benchmark.RATIOS:
         ratio = "-" if result[name] is None else f"{result[name]:.2f}"
         assert f" {ratio}  {name}: " in shown
 
@@ -79,3 +77,11 @@ def test_a_missing_torchcfm_gives_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(LabError, match="torchcfm, which is not installed"):
         torchcfm_unet(TINY, 2, CPU)
+
+
+def test_without_a_clone_one_sentence_says_where_the_benchmark_is(monkeypatch, capsys):
+    monkeypatch.setattr("funlora_lab.store.checkout", lambda: None)
+    assert main(["bench", "digits"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "comes with a clone" in said

@@ -10,11 +10,10 @@ import urllib.request
 import pytest
 from browsing import jupyterlab, missing, page_of, panel, press, run_all
 
-from funlora_lab.opened import open_run
-from funlora_lab.presets import preset
+from funlora_lab import open_run, preset
 from funlora_lab.workbench import report, runs
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")
+pytestmark = [pytest.mark.heavy, pytest.mark.skipif(bool(missing()), reason=missing() or "nothing is missing")]
 
 
 @pytest.fixture(scope="module")

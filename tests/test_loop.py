@@ -6,16 +6,14 @@ import shutil
 import pytest
 import torch
 
-from funlora_lab import continual
-from funlora_lab.config import METHODS
-from funlora_lab.frozen import FrozenBase
-from funlora_lab.opened import exhaust, open_run
-from funlora_lab.presets import preset
-from funlora_lab.store import Store
+from funlora_lab import continual, open_run, preset
+from funlora_lab.store import Store, read_tensors
+from funlora_lab.systems import AdaptedBase, Context, all_methods
 from funlora_lab.training import Runtime
-from funlora_lab.work import Work
 
 SMOKE = preset("smoke")
+# over the base of the preset
+SHORT = SMOKE.but(adapter_images=32, solver="euler", steps=1, samples_per_class=4, chunk=4, classifier_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -25,31 +23,29 @@ def own_home(smoke_home, tmp_path_factory):
 
 
 def test_learning_more_tasks_leaves_backbone_adapters_and_samples_bit_for_bit_unchanged(smoke_run):
-    learner = FrozenBase(smoke_run.work)
-    exhaust(learner.learn(0))
-    exhaust(learner.learn(1))
-    backbone = {name: value.clone() for name, value in learner.net.state_dict().items()}
-    rows = {cls: {name: value.clone() for name, value in row.items()} for cls, row in learner.rows.items()}
+    generator = smoke_run.generator_after(2)
+    backbone = {name: value.clone() for name, value in generator.net.state_dict().items()}
+    rows = {cls: {name: value.clone() for name, value in row.items()} for cls, row in generator.rows.items()}
     samples = smoke_run.samples_after(2)
-    exhaust(learner.learn(2))
-    assert all(torch.equal(value, backbone[name]) for name, value in learner.net.state_dict().items())
+    generator.learn(2)
+    assert all(torch.equal(value, backbone[name]) for name, value in generator.net.state_dict().items())
     assert rows.keys() == {6, 7}
-    assert all(torch.equal(learner.rows[cls][name], value) for cls, row in rows.items() for name, value in row.items())
+    assert generator.rows.keys() == {6, 7, 8, 9}
+    assert all(torch.equal(generator.rows[cls][name], v) for cls, row in rows.items() for name, v in row.items())
     later = smoke_run.samples_after(3)
     assert later.keys() > samples.keys()
     assert all(torch.equal(later[cls], images) for cls, images in samples.items())
 
 
-def test_a_class_learns_the_same_alone_as_beside_others(smoke_run, tmp_path):
-    rows = []
-    for lanes in (0, 1):
-        experiment = SMOKE.but(lanes=lanes)
-        learner = FrozenBase(Work(experiment, smoke_run.work.dataset, smoke_run.tasks, Store(tmp_path), Runtime()))
-        exhaust(learner.learn(0))
-        exhaust(learner.learn_side_by_side([6, 7]) if lanes == 0 else learner.learn_side_by_side([6]))
-        rows.append(learner.rows[6])
-        shutil.rmtree(learner.stage(6).folder)
-    assert all(torch.allclose(value, rows[1][name], atol=1e-4) for name, value in rows[0].items())
+def test_a_class_learns_the_same_alone_as_beside_others(smoke_run, smoke_home, tmp_path):
+    for network in smoke_home.glob("artefacts/network-*"):
+        shutil.copytree(network, tmp_path / "artefacts" / network.name)
+    context = Context(SMOKE, smoke_run.context.dataset, smoke_run.tasks, Store(tmp_path), Runtime())
+    generator = AdaptedBase(context)
+    generator.learn(0)
+    generator.learn_classes([6])
+    for name, value in smoke_run.row(6).items():  # learned beside class 7
+        torch.testing.assert_close(generator.rows[6][name], value, rtol=0, atol=1e-4)
 
 
 def test_samples_are_nested(smoke_run):
@@ -60,37 +56,55 @@ def test_results_follow_from_the_logged_accuracies(smoke_run):
     matrix = smoke_run.results["accuracy"]
     assert [len(row) for row in matrix] == [1, 2, 3]
     averages = [sum(row) / len(row) for row in matrix]
+    assert smoke_run.averages == averages
     assert smoke_run.results["LA"] == pytest.approx(averages[-1])
     assert smoke_run.results["AIA"] == pytest.approx(sum(averages) / 3)
     assert sum(map(sum, smoke_run.results["confusion"])) == 360
 
 
 def test_a_second_run_reads_the_first(smoke_home):
-    events = list(continual.run(SMOKE, home=smoke_home))
+    events = []
+    results = continual.run(SMOKE, events.append, home=smoke_home)
     assert all(event["replayed"] for event in events)
-    assert events[-1]["event"] == "result"
+    assert events[-1] == results | {"replayed": True}
 
 
-def test_every_method_runs_to_its_result_over_the_same_base(own_home):
-    networks = set(own_home.glob("artefacts/network-*"))
-    for method in METHODS:
-        opened = open_run(SMOKE.but(method=method), "cpu", home=own_home)
-        assert 0 <= opened.results["LA"] <= 1, method
-        stored = json.loads(opened.run.results_file.read_text())
-        assert stored | {"run": str(opened.run.folder)} == opened.results  # where it lies is never stored
-        if isinstance(opened.learner, FrozenBase):
-            assert set(own_home.glob("artefacts/network-*")) >= networks
-            assert opened.learner.key == next(iter(networks)).name.removeprefix("network-"), method
+@pytest.mark.parametrize("method", all_methods())
+def test_every_method_runs_to_its_result_over_the_same_base(own_home, method):
+    run = open_run(SHORT.but(method=method, score_after="last"), "cpu", home=own_home)
+    assert 0 <= run.results["LA"] <= 1
+    stored = json.loads(run.run.results_file.read_text())
+    assert stored | {"run": str(run.run.folder)} == run.results  # where it lies is never stored
+    if run.generator.frozen:
+        assert run.generator.key == open_run(SMOKE, "cpu", home=own_home).generator.key
 
 
 def test_operations_run_through_the_loop(own_home):
-    sizes = {
-        operation: open_run(SMOKE.but(operation=operation), "cpu", home=own_home).results["PPC"]
-        for operation in ("mul", "add", "mul-add")
-    }
-    assert sizes["mul-add"] == 2 * sizes["mul"] == 2 * sizes["add"]
+    experiments = [SHORT.but(operation=operation, score_after="last") for operation in ("mul", "add", "mul-add")]
+    mul, add, both = (open_run(experiment, "cpu", home=own_home).results["PPC"] for experiment in experiments)
+    assert both == 2 * mul == 2 * add
 
 
 def test_fine_tuning_changes_the_samples_of_old_classes(own_home):
-    opened = open_run(SMOKE.but(method="fine-tune"), "cpu", home=own_home)
-    assert not torch.equal(opened.samples_after(1)[0], opened.samples_after(3)[0])
+    run = open_run(SHORT.but(method="fine-tune"), "cpu", home=own_home)
+    assert not torch.equal(run.samples_after(1)[0], run.samples_after(3)[0])
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 4])
+def test_what_adapters_cost_is_booked_on_the_task_of_each_class(smoke_home, tmp_path, lanes):
+    """With more lanes than a task has classes, adapters of later tasks are trained early; they cost what others do."""
+    for network in smoke_home.glob("artefacts/network-*"):
+        shutil.copytree(network, tmp_path / "artefacts" / network.name)
+    run = open_run(SHORT.but(lanes=lanes), "cpu", home=tmp_path)
+    sizes = sorted(read_tensors(path)[1]["side_by_side"] for path in tmp_path.glob("artefacts/adapter-*/result.*"))
+    assert sizes == {1: [1, 1, 1, 1], 3: [1, 3, 3, 3], 4: [4, 4, 4, 4]}[lanes]
+    costs = run.costs
+    assert costs["new classes"].tolist() == [6, 2, 2]
+    assert costs["images"].tolist() == [640, 2 * 32, 2 * 32]
+    seconds = {cls: run.generator.artefact_of(cls).result()[1]["seconds"] for cls in run.generator.rows}
+    assert costs["train"].tolist()[1:] == pytest.approx([seconds[6] + seconds[7], seconds[8] + seconds[9]], abs=2e-3)
+    assert costs["train"].min() > 0
+    groups = [read_tensors(path)[1]["seconds"] for path in tmp_path.glob("artefacts/adapters-*/result.*")]
+    assert sum(groups) == pytest.approx(sum(seconds.values()))
+    total = costs[["train", "sample", "classify"]].to_numpy().sum()
+    assert total == pytest.approx(run.results["seconds"], abs=0.01)

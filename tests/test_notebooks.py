@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
-from funlora_lab import headless
-from funlora_lab.errors import LabError
+from funlora_lab import LabError
+from funlora_lab.workbench import notebooks
 
-FOLDER = headless.notebooks_folder()
+FOLDER = notebooks.folder()
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 names = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -54,11 +55,15 @@ def test_committed_notebook_is_clean_and_short(notebook):
 
 
 @names
-def test_parameters_are_literals_with_a_comment_and_a_preset_among_them(notebook):
-    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    assert headless.parameters_of(notebook)["preset"] == "digits"
-    assert all("#" in line for line in tagged[0].source.splitlines())
+def test_parameters_are_annotated_literals_with_a_comment_and_a_preset_among_them(notebook):
+    (tagged,) = (cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", []))
+    parameters = papermill.inspect_notebook(str(notebook))
+    assert len(parameters) == len(tagged.source.splitlines())
+    assert ast.literal_eval(parameters["preset"]["default"]) == "digits"
+    for parameter in parameters.values():
+        kind = notebooks.TYPES[parameter["inferred_type_name"]]
+        assert type(ast.literal_eval(parameter["default"])) is kind
+        assert parameter["help"]
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +73,26 @@ def smoke_copies(tmp_path_factory):
     before = {name: os.environ.get(name) for name in ("FUNLORA_HOME", "FUNLORA_FIGURES")}
     os.environ.update(FUNLORA_HOME=str(home), FUNLORA_FIGURES=str(home / "figures"))
     try:
-        copies = headless.execute("smoke", ["seeds=1"] if any_has("seeds") else [])
+        copies = notebooks.execute("smoke", ["seeds=1"])
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     return home, copies
 
 
-def any_has(parameter: str) -> bool:
-    return any(parameter in headless.parameters_of(notebook) for notebook in NOTEBOOKS)
-
-
-def test_every_notebook_runs_headless_and_a_second_time_gives_the_same_numbers(smoke_copies):
-    home, copies = smoke_copies
+def test_every_notebook_runs_headless(smoke_copies):
+    _, copies = smoke_copies
     assert [copy.name for copy in copies] == [notebook.name for notebook in NOTEBOOKS]
+
+
+@pytest.mark.heavy
+def test_a_second_execution_gives_the_same_numbers(smoke_copies):
+    home, copies = smoke_copies
     again = nbval(copies, home)
     assert again.returncode == 0, again.stdout[-3000:]
 
 
+@pytest.mark.heavy
 def test_the_committed_continual_training_holds_on_digits(tmp_path):
     """From an empty home: trains the digits run, its bounds and fine-tuning, and compares with what is committed."""
     done = nbval([FOLDER / "01_continual_training.ipynb"], tmp_path)
@@ -100,16 +107,19 @@ def test_the_committed_continual_training_holds_on_digits(tmp_path):
         ("smoke", ["seed"], None, "write it as name=value"),
         ("smoke", ["seed=abc"], None, "seed=abc: accepted is a whole number"),
         ("smoke", ["seed=__import__('os').system('x')"], None, "accepted is a whole number"),
-        ("smoke", [], "nosuch", "No notebook's name contains 'nosuch'"),
+        ("smoke", ["seed=1"], "nosuch", "No notebook's name contains 'nosuch'"),
     ],
 )
 def test_bad_parameters_are_refused_before_anything_runs(preset, settings, only, words, tmp_path):
     with pytest.raises(LabError) as refusal:
-        headless.execute(preset, settings, only)
+        notebooks.execute(preset, settings, only)
     assert words in str(refusal.value)
     assert not (tmp_path / "home").exists()
 
 
-def test_text_that_looks_like_code_stays_text():
-    word = '"); import os; os.abort()  # '
-    assert headless.parse("device", word, "auto") == word
+def test_values_become_the_type_of_the_parameter_and_text_that_looks_like_code_stays_text():
+    word, (path,) = '"); import os; os.abort()  # ', FOLDER.glob("03_*")
+    chosen = notebooks.assign([path], "smoke", [f"device={word}", "seeds=2", "tolerance=1e-3"])
+    assert chosen == {path: {"preset": "smoke", "device": word, "seeds": 2, "tolerance": 1e-3}}
+    environment = notebooks.environment()
+    assert Path(environment["FUNLORA_HOME"]).is_absolute(), "kernels work in another folder"

@@ -2,16 +2,16 @@
 
 import json
 import math
+import shutil
+import sys
 
 import pytest
 import torch
 
-from funlora_lab import classifier
+from funlora_lab import LabError, open_run, preset
 from funlora_lab.__main__ import main
-from funlora_lab.errors import LabError
-from funlora_lab.opened import open_run
-from funlora_lab.presets import preset
-from funlora_lab.studies import fidelity, quality
+from funlora_lab.continual import classifier, predict
+from funlora_lab.studies import fidelity, plots, quality
 
 
 def normal(*shape, seed=0):
@@ -27,8 +27,14 @@ def exactly(mean, covariance, n=400, seed=0):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    return open_run(preset("smoke"), device="cpu", home=tmp_path_factory.mktemp("home"))
+def run(smoke_home, tmp_path_factory):
+    home = shutil.copytree(smoke_home, tmp_path_factory.mktemp("quality") / "home")
+    return open_run(preset("smoke"), "cpu", home=home)
+
+
+@pytest.fixture(scope="module")
+def table(run):
+    return quality.classifier_quality(run, draws=3)
 
 
 def test_frechet_is_the_closed_form_of_commuting_gaussians():
@@ -92,16 +98,15 @@ def test_precision_needs_more_images_than_neighbours():
 
 def test_the_spread_over_halves_is_the_standard_error_of_the_whole():
     x = normal(400, 1)
-    means = [half.reference.mean().item() for half in quality.halvings(x, x, 400, seed=0)]
-    found = quality.spread(means)
+    found = quality.interval([half.mean().item() for half, *_ in quality.halvings(x, x, 400, seed=0)])
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
 
 
 def test_halves_are_disjoint_and_of_one_size():
     real, drawn = torch.arange(21.0)[:, None], torch.arange(8.0)[:, None]
-    for half in quality.halvings(real, drawn, 5, seed=1):
-        assert {len(part) for part in half} == {8}
-        assert not set(half.reference.flatten().tolist()) & set(half.other.flatten().tolist())
+    for half, other, picked in quality.halvings(real, drawn, 5, seed=1):
+        assert [len(half), len(other), len(picked)] == [8, 8, 8]
+        assert not set(half.flatten().tolist()) & set(other.flatten().tolist())
 
 
 def test_other_real_images_score_better_than_shifted_ones():
@@ -127,53 +132,72 @@ def test_nearest_neighbours_and_copies_are_found():
     assert 0.25 < quality.memorisation(train, test, fresh)["nearer"] < 0.75
 
 
-def test_classifier_features_are_what_the_last_layer_sees(smoke):
-    pixels = smoke.work.dataset.test.pixels[:30]
-    features = classifier.features(smoke.judge, pixels, batch=7)
-    assert features.dtype == torch.float64
-    logits = features.float() @ smoke.judge[-1].weight.T + smoke.judge[-1].bias
-    assert torch.equal(logits.argmax(1), classifier.predict(smoke.judge, pixels))
+def test_classifier_features_are_what_the_last_layer_sees(run):
+    pixels = run.context.dataset.test.pixels[:30]
+    seen = quality.features(run.judge, pixels, batch=7)
+    assert seen.dtype == torch.float64
+    logits = seen.float() @ run.judge[-1].weight.T + run.judge[-1].bias
+    assert torch.equal(logits.argmax(1), predict(run.judge, pixels))
     resnet = classifier.build(preset("smoke").but(classifier="resnet18"), 4)
-    assert classifier.features(resnet, pixels[:2]).shape == (2, 512)
+    assert quality.features(resnet, pixels[:2]).shape == (2, 512)
 
 
-def test_the_table_of_a_run_has_every_class_and_task_and_never_says_fid(smoke):
-    table = quality.classifier_quality(smoke, draws=3)
+def test_the_table_of_a_run_has_every_class_and_task_and_never_says_fid(table):
     assert set(table["group"]) == {"all", *(f"task {k}" for k in (1, 2, 3)), *(f"class {d}" for d in "0123456789")}
     assert set(table["features"]) == {"classifier features"}
     assert "FID" not in table.to_string()
     assert len(quality.wide(table)) == 2 * 14
     whole = table.set_index(["group", "of", "measure"])["value"]
     assert whole["all", "real", "Frechet"] < whole["all", "samples", "Frechet"]
+    panels = quality.plot_bars({"FunLoRA": table}).axes
+    assert [axis.get_title() for axis in panels] == list(quality.MEASURES)
 
 
-def test_unseen_real_images_are_nearer_than_untrained_samples(smoke):
-    unseen = quality.unseen(smoke, draws=3).set_index(["of", "measure"])["value"]
-    samples = quality.classifier_quality(smoke, draws=3).set_index(["group", "of", "measure"])["value"]
+def test_unseen_real_images_are_nearer_than_untrained_samples(run, table):
+    unseen = quality.unseen(run, draws=3).set_index(["of", "measure"])["value"]
+    samples = table.set_index(["group", "of", "measure"])["value"]
     assert unseen["test", "Frechet"] < samples["all", "samples", "Frechet"]
 
 
-def test_the_decay_table_of_a_frozen_base_is_flat(smoke):
-    table = quality.decay(smoke, draws=2).query("of == 'samples'")
-    assert table["task"].max() == 3
-    assert (table.groupby("measure")["value"].nunique() == 1).all()
+def test_the_decay_table_of_a_frozen_base_is_flat(run):
+    table = quality.decay(run, draws=2)
+    samples = table.query("of == 'samples'")
+    assert samples["task"].max() == 3
+    assert (samples.groupby("measure")["value"].nunique() == 1).all()
+    axis = quality.plot_decay({"FunLoRA": table}, "Frechet").axes[0]
+    assert axis.get_legend_handles_labels()[1] == ["other real images", "FunLoRA"]
 
 
-def test_the_command_prints_the_table_and_says_what_it_does_not_know(smoke, monkeypatch, capsys):
-    monkeypatch.setenv("FUNLORA_HOME", str(smoke.run.folder.parent))
-    assert main(["quality", smoke.run.folder.name, "--draws", "2", "--json"]) == 0
+def test_pictures_of_recognition_and_neighbours(run):
+    (axis,) = quality.plot_recognition({"FunLoRA": run.recognition}).axes
+    learned = run.recognition.notna().to_numpy().sum()
+    assert len(axis.texts) == learned == 6 + 8 + 10  # blank before a class is learned
+    train, drawn = run.context.dataset.train.of(8).pixels, run.samples(8, 4)
+    distance, index = quality.nearest(train, drawn)
+    (axis,) = quality.plot_neighbours([("8", drawn, train[index], distance.tolist())]).axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == [f"{d:.0f}" for d in distance]
+    sheet = plots.tile(torch.cat([drawn, train[index]]), 4)
+    assert sheet.shape == (17, 35, 1)
+    assert (sheet[8] == 255).all()  # a white gap
+    assert (sheet[9:, 9:17, 0] == train[index[1]][0].numpy()).all()
+    assert (plots.tile(drawn[:3], 2)[9:, 9:] == 255).all()  # and where no image is left
+
+
+def test_the_command_prints_the_table_and_says_what_it_does_not_know(run, monkeypatch, capsys):
+    monkeypatch.setenv("FUNLORA_HOME", str(run.run.folder.parent))
+    assert main(["quality", run.run.folder.name, "--draws", "2", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["classifier features"]) == 14 * 2 * 4
-    for words in (["quality", "nothing"], ["quality", smoke.run.folder.name, "--split", "all"]):
+    for words in (["quality", "nothing"], ["quality", run.run.folder.name, "--split", "all"]):
         assert main(words) == 2
     printed = capsys.readouterr().err
     assert "'nothing' is no run" in printed
     assert "accepted is train or test" in printed
 
 
-def test_a_method_without_samples_is_refused(smoke):
-    opened = open_run(preset("smoke").but(method="classifier-multitask"), "cpu", home=smoke.run.folder.parent)
+def test_a_method_without_samples_is_refused(run):
+    real = open_run(preset("smoke").but(method="classifier-multitask"), "cpu", home=run.run.folder.parent)
     with pytest.raises(LabError, match="draws no samples"):
-        quality.classifier_quality(opened)
+        quality.classifier_quality(real)
 
 
 # torch-fidelity, with a small extractor in place of Inception
@@ -229,16 +253,17 @@ def test_measures_equal_those_of_torch_fidelity_on_the_same_features(small):
     assert quality.precision_recall(real, drawn) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 
 
-def test_the_fid_of_a_run_is_the_one_torch_fidelity_calculates_by_itself(small, weights, smoke):
+def test_the_fid_of_a_run_is_the_one_torch_fidelity_calculates_by_itself(small, weights, run):
     import torch_fidelity
 
-    table = fidelity.inception_quality(smoke, weights, draws=2, extractor="small")
+    table = fidelity.inception_quality(run, weights, draws=2, name="small")
     found = table[table["group"] == "all"].set_index("measure")
-    real, drawn = quality.images_of(smoke, "train")
+    order, train = run.context.classes, run.context.dataset.train
+    real, drawn = (torch.cat([part(c) for c in order]) for part in (lambda c: train.of(c).pixels, run.samples))
 
     class Images(torch.utils.data.Dataset):
         def __init__(self, images):
-            self.images = torch.cat(list(images.values())).expand(-1, 3, -1, -1)
+            self.images = images.expand(-1, 3, -1, -1)
 
         def __len__(self):
             return len(self.images)
@@ -277,12 +302,12 @@ def test_a_weights_file_is_never_executed_and_must_fit(small, weights, tmp_path)
     with pytest.raises(LabError, match="not a file of plain weights"):
         fidelity.weights_file(tmp_path / "code.pth")
     with pytest.raises(LabError, match="does not fit the extractor"):
-        fidelity.Extractor(fidelity.EXTRACTOR, fidelity.weights_file(weights), torch.device("cpu"))
+        fidelity.extractor(fidelity.EXTRACTOR, fidelity.weights_file(weights), torch.device("cpu"))
     with pytest.raises(LabError, match="Unknown extractor 'none'"):
-        fidelity.Extractor("none", weights, torch.device("cpu"))
+        fidelity.extractor("none", weights, torch.device("cpu"))
 
 
-def test_without_torch_fidelity_the_sentence_says_how_to_install_it(smoke, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity", None)
+def test_without_torch_fidelity_the_sentence_says_how_to_install_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(LabError, match=r"pip install 'funlora-lab\[fid\]'"):
-        fidelity.inception_quality(smoke)
+        fidelity.inception_quality(run)

@@ -1,136 +1,79 @@
 """What a sampling budget buys: solver, steps and images a class against accuracy, time and network evaluations.
 
-Samples are nested (the first n of a larger set are the set of n), so a sweep over numbers of images draws each image
-once, and every solver starts from the same noise. LA needs the last task's classifier alone, one for every cell.
+Samples are nested (the first n of a larger set are the set of n), so a sweep draws each image once, and every solver
+starts from the same noise. LA needs the last task's classifier alone, one for every cell.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from statistics import mean, stdev
 
 import pandas as pd
-import torch
+from matplotlib.lines import Line2D
 
-from funlora_lab import classifier, continual
-from funlora_lab.config import SOLVERS
+from funlora_lab.continual import OpenRun, scores, synthetic, train_classifier
 from funlora_lab.errors import LabError
-from funlora_lab.opened import OpenRun, exhaust
-from funlora_lab.sampling import draw
-
-EVALUATIONS_A_STEP = {"euler": 1, "midpoint": 2, "rk4": 4}  # of torchdiffeq's fixed-grid solvers
-
-# Table VII of the paper: CIFAR100, 20 classes a task, RK4. LA in per cent by (multiple of the real images, column).
-# The columns are headed "NFE" there; a step of RK4 takes four evaluations, so 2 or 3 of them can only be steps.
-PUBLISHED_STEPS = (2, 3, 4, 5, 6, 10, 20)
-PUBLISHED_LA = {
-    1: (56.27, 57.96, 58.79, 59.23, 58.72, 59.99, 59.42),
-    2: (60.01, 62.81, 63.11, 63.73, 63.37, 63.34, 63.15),
-    3: (61.61, 63.65, 64.91, 64.72, 64.82, 64.96, 65.14),
-    4: (62.49, 65.04, 65.59, 65.87, 65.58, 65.45, 65.43),
-    5: (63.00, 65.85, 66.25, 66.26, 66.73, 66.77, 66.34),
-    6: (63.56, 65.92, 66.09, 66.47, 66.33, 66.40, 66.60),
-    10: (64.79, 67.25, 67.90, 67.57, 68.00, 67.83, 67.63),
-}
-PUBLISHED_SECONDS = {1: 115, 2: 229, 3: 344, 4: 459, 5: 576, 6: 689, 10: 1148}  # of sampling, by multiple
-
-
-def published() -> pd.DataFrame:
-    """Table VII in long form: images (as a multiple of the real ones), steps, evaluations an image, LA in [0, 1]."""
-    return pd.DataFrame(
-        {"multiple": multiple, "steps": steps, "evaluations": EVALUATIONS_A_STEP["rk4"] * steps, "LA": LA / 100}
-        for multiple, row in PUBLISHED_LA.items()
-        for steps, LA in zip(PUBLISHED_STEPS, row, strict=True)
-    )
+from funlora_lab.flow import EVALUATIONS_A_STEP, SOLVERS, Solver
+from funlora_lab.studies import plots, published
+from funlora_lab.systems import draw, solver_of
 
 
 def samplers(text: str) -> list[dict]:
-    """``"euler 4, dopri5 1e-3"`` -> the settings of each sampler, named twice or not, once.
-
-    Raises LabError naming what it cannot read.
-    """
-    found = []
+    """``"euler 4, dopri5 1e-3"`` -> the settings of each sampler once; raises LabError naming what it cannot read."""
+    found = {}
     for words in (part.split() for part in text.split(",")):
         try:
             name, number = words
-            if name not in SOLVERS:
-                raise ValueError
-            adaptive = name.startswith("dopri5")
-            found.append({"solver": name} | ({"tolerance": float(number)} if adaptive else {"steps": int(number)}))
-        except ValueError:
-            raise LabError(
-                f"'{' '.join(words)}' is not a sampler: accepted is a solver ({', '.join(SOLVERS)}) with its steps or, "
-                "for dopri5 and dopri5-each, its tolerance, as in euler 4, dopri5 1e-3."
-            ) from None
-    return [settings for i, settings in enumerate(found) if settings not in found[:i]]
+            kind, value = ("tolerance", float(number)) if Solver(name).adaptive else ("steps", int(number))
+        except (ValueError, LabError):
+            accepted = f"a solver ({', '.join(SOLVERS)}) with its steps or, for dopri5 and dopri5-each, its tolerance"
+            example = "as in euler 4, dopri5 1e-3"
+            raise LabError(f"'{' '.join(words)}' is not a sampler: accepted is {accepted}, {example}.") from None
+        found[name, value] = {"solver": name, kind: value}
+    return list(found.values())
 
 
-def counts(text: str, opened: OpenRun) -> list[int]:
+def counts(text: str, run: OpenRun) -> list[int]:
     """``"0.1, 1"`` -> images a class, as multiples of the run's own number; raises LabError for one not above 0."""
     try:
         shares = [float(word) for word in text.split(",")]
-        if min(shares) <= 0:
-            raise ValueError
     except ValueError:
-        raise LabError(f"multiples={text}: accepted are numbers above 0 joined by commas, such as 0.1, 1.") from None
-    return sorted({max(1, round(share * opened.experiment.samples_per_class)) for share in shares})
+        shares = [0]
+    if min(shares) <= 0:
+        raise LabError(f"multiples={text}: accepted are numbers above 0 joined by commas, such as 0.1, 1.")
+    return sorted({max(1, round(share * run.experiment.samples_per_class)) for share in shares})
 
 
-def score(opened: OpenRun, repeats: int = 1, **changes) -> dict:
+def score(run: OpenRun, repeats: int = 1, **changes) -> dict:
     """One cell: the run's generator sampled with other settings, and the last task's classifier trained on that.
 
-    ``changes`` are settings of the experiment (solver, steps, tolerance, samples_per_class, classifier_epochs). The
-    classifier is trained ``repeats`` times with seeds of its own on the same images: LA is the mean, ``spread`` the
-    standard deviation (nan for one). Seconds are what drawing and training took when they were first done.
+    ``changes`` are settings of the experiment. LA is the mean of ``repeats`` classifiers, each with a seed of its own
+    and the same images, ``spread`` the standard deviation (nan for one). Seconds are those of the first time.
     """
-    e = opened.experiment.but(**changes)
-    work = replace(opened.work, experiment=e, seconds={})
-    everything = [cls for classes in opened.tasks for cls in classes]
-    new = everything[len(opened.tasks[0]) :]
-    sources, samples, drawing, evaluations = {}, {}, 0.0, []
-    for cls in everything:
-        sources[cls] = opened.source(cls)
-        stage = continual.sample_stage(work, sources[cls], cls)
-        events, (samples[cls], seconds) = _collected(
-            draw(stage, sources[cls].velocity, e, cls, e.samples_per_class, opened.runtime)
-        )
-        drawing += seconds * e.samples_per_class / (len(events) * e.chunk)  # of a last chunk only what is used
-        evaluations += [event["evaluations"] for event in events]
-    answers = {cls: torch.tensor(everything)[classifier.predict(opened.judge, samples[cls])] for cls in new}
-    accuracies = []
-    for repeat in range(repeats):
-        again = replace(work, experiment=e.but(seed=e.seed + repeat))
-        images, origin = continual.synthetic(work, sources, samples)
-        _, predicted, true = exhaust(continual.train_classifier(again, everything, images, origin))
-        accuracies.append(mean(continual.accuracy_per_task(predicted, true, opened.tasks)))
-    return {
-        "solver": e.solver,
-        "setting": f"{e.tolerance:g}" if e.solver.startswith("dopri5") else str(e.steps),
-        "images": e.samples_per_class,
-        "evaluations": mean(evaluations),
-        "LA": mean(accuracies),
-        "spread": stdev(accuracies) if repeats > 1 else float("nan"),
-        "recognition": mean((answers[cls] == cls).double().mean().item() for cls in new),
-        "sampling seconds": drawing,
-        "classifier seconds": work.total_seconds / repeats,
-    }
+    e, events, samples, seconds = run.experiment.but(**changes), [], {}, {}
+    context = replace(run.context, experiment=e, runtime=replace(run.runtime, report=events.append), seconds={})
+    order, new = context.classes, [cls for task in run.tasks[1:] for cls in task]
+    sources = {cls: run.source(cls) for cls in order}
+    for cls, source in sources.items():
+        samples[cls], seconds[cls] = draw(context, source, cls, e.samples_per_class)
+    used = e.samples_per_class / (-(-e.samples_per_class // e.chunk) * e.chunk)  # of a last chunk only a part
+    evaluations = mean(event["evaluations"] for event in events)
+    images, origin = synthetic(context, sources, samples)
+    again = [replace(context, experiment=e.but(seed=e.seed + repeat)) for repeat in range(repeats)]
+    answers = [train_classifier(each, order, images, origin)[1:] for each in again]  # (predicted, true)
+    accuracies = [mean(scores.accuracy_per_task(*both, run.tasks)) for both in answers]
+    solver, setting = solver_of(e).identity.values()
+    cell = {"solver": solver, "setting": f"{setting:g}", "images": e.samples_per_class, "evaluations": evaluations}
+    cell |= {"LA": mean(accuracies), "spread": stdev(accuracies) if repeats > 1 else float("nan")}
+    cell["recognition"] = mean(scores.recognition(run.judge, order, samples[cls], cls) for cls in new)
+    cell["sampling seconds"] = used * sum(seconds.values())
+    return cell | {"classifier seconds": context.total_seconds / repeats}
 
 
-def _collected(events: Iterator[dict]) -> tuple[list[dict], object]:
-    """(all events of a generator, what it returns)."""
-    seen = []
-    while True:
-        try:
-            seen.append(next(events))
-        except StopIteration as end:
-            return seen, end.value
-
-
-def sweep(opened: OpenRun, samplers: list[dict], counts: list[int], repeats: int = 1) -> pd.DataFrame:
+def sweep(run: OpenRun, samplers: list[dict], counts: list[int], repeats: int = 1) -> pd.DataFrame:
     """``score`` of every sampler with every number of images a class: one line a cell."""
-    cells = [score(opened, repeats, samples_per_class=n, **sampler) for sampler in samplers for n in sorted(counts)]
+    cells = [score(run, repeats, samples_per_class=n, **sampler) for sampler in samplers for n in sorted(counts)]
     table = pd.DataFrame(cells)
-    table["total evaluations"] = table["evaluations"] * table["images"]  # for one class
-    return table
+    return table.assign(**{"total evaluations": table["evaluations"] * table["images"]})  # for one class
 
 
 def pareto(table: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
@@ -138,3 +81,51 @@ def pareto(table: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
     ordered = table.sort_values([cost, gain], ascending=[True, False])
     best = ordered[gain].cummax().shift(fill_value=float("-inf"))
     return ordered[ordered[gain] > best]
+
+
+def plot_lines(table: pd.DataFrame, own: float) -> plots.Drawing:
+    """LA against evaluations an image, one panel a number of images, one line a solver; dots: the run's ``own`` LA."""
+    numbers = sorted(table["images"].unique())
+    figure, axes = plots.drawing(2.6 * len(numbers) + 1.9, 3.1, 1, len(numbers), sharey=True)
+    for axis, n in zip(axes[0], numbers, strict=True):
+        for i, (solver, part) in enumerate(table[table["images"] == n].groupby("solver", sort=False)):
+            part, look = part.sort_values("evaluations"), plots.style(i, 4, capsize=2, linewidth=1.2, label=solver)
+            axis.errorbar(part["evaluations"], part["LA"], part["spread"], **look)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(f"{n} images a class", fontsize=10)
+        axis.set_xlabel("evaluations an image")
+        axis.axhline(own, color=plots.GREY, linewidth=0.9, linestyle=":")
+    axes[0, 0].set_ylabel("LA after the last task")
+    plots.legend(figure, "outside right center", fontsize=8)
+    return figure
+
+
+def plot_tables(table: pd.DataFrame) -> plots.Drawing:
+    """Two heatmaps of LA in per cent: Table VII as published, and ours; rows images, columns the sampler."""
+    theirs = published.BUDGET.add_prefix("x", axis=0)
+    theirs.columns = [f"{steps}\n({EVALUATIONS_A_STEP['rk4'] * steps})" for steps in theirs]
+    fixed = table[table["solver"].isin(EVALUATIONS_A_STEP)]
+    names = fixed["solver"] + "\n" + fixed["setting"] + fixed["evaluations"].map(" ({:g})".format)
+    ours = 100 * fixed.assign(name=names).pivot(index="images", columns="name", values="LA")[names.unique()]
+    height = 0.34 * max(len(ours), len(theirs)) + 1.9
+    return plots.heatmaps({"paper, CIFAR100, RK4": theirs, "ours": ours}, 12, height, "{:.1f}")[0]
+
+
+def plot_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str, xlabel: str) -> plots.Drawing:
+    """Every cell as a point, colour by solver and size by images; the front as a line, its settings numbered."""
+    figure, axis = plots.chart(9.2, 4, xlabel, gain)
+    for i, (solver, part) in enumerate(table.groupby("solver", sort=False)):
+        size = 14 + 110 * part["images"] / table["images"].max()
+        axis.scatter(part[cost], part[gain], size, color=plots.COLOURS[i], alpha=0.75, label=solver, linewidth=0)
+    axis.plot(front[cost], front[gain], color=plots.INK, linewidth=0.9, drawstyle="steps-post")
+    axis.set_xscale("log")
+    settings = []
+    for i, (_, cell) in enumerate(front.iterrows(), 1):
+        axis.annotate(str(i), (cell[cost], cell[gain]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        label = f"{cell['solver']} {cell['setting']}, {cell['images']} images"
+        settings.append(Line2D([], [], marker=f"${i}$", label=label, color=plots.INK, ls="none", markersize=5))
+    plots.legend(figure, handles=settings, fontsize=8, title="front")
+    for handle in plots.legend(figure, "outside right lower", fontsize=8, title="solver").legend_handles:
+        handle.set_sizes([36])
+    return figure

@@ -1,27 +1,23 @@
-"""Data -> Drawing (a matplotlib Figure), one function a figure; nothing here reads files or trains.
-
-Colours are told apart by colour-blind readers and in grey; every figure is legible at the size a notebook shows it.
-"""
+"""Data -> Drawing: what all figures are made of, in colours that colour-blind readers tell apart, also in grey."""
 
 import io
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-INK, GRID = "#222222", "#d9d9d9"
+INK, GREY, GRID = "#222222", "#666666", "#d9d9d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 MARKERS = "osD^v<>P"
 
 
 class Drawing(Figure):
-    """A figure that a notebook shows by itself: without pyplot nobody else tells it how."""
-
-    def _repr_png_(self) -> bytes:
-        return self.png()
+    """A figure that a notebook shows by itself, without pyplot."""
 
     def png(self) -> bytes:
         """The figure as PNG with a palette of 256 colours: a third of the size, and nothing lost that one could see."""
@@ -29,6 +25,8 @@ class Drawing(Figure):
         self.savefig(buffer, format="png")
         Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
         return small.getvalue()
+
+    _repr_png_ = png
 
 
 def drawing(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs) -> tuple[Drawing, np.ndarray]:
@@ -42,98 +40,124 @@ def drawing(width: float, height: float, rows: int = 1, columns: int = 1, **kwar
     return figure, axes
 
 
-def tile(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
-    """uint8 images (N, C, H, W) laid out row by row with white gaps -> (height, width, C) array of bytes."""
-    N, C, H, W = images.shape
-    rows = -(-N // columns)
-    sheet = np.full((rows * (H + gap) - gap, columns * (W + gap) - gap, C), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = (i // columns) * (H + gap), (i % columns) * (W + gap)
-        sheet[top : top + H, left : left + W] = image
-    return sheet
+def chart(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Drawing, Axes]:
+    figure, axes = drawing(width, height)
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
+    return figure, axes[0, 0]
 
 
-def sample_columns(
-    columns: Sequence[tuple[str, dict[int, Tensor]]], order: Sequence[int], names: Sequence[str]
-) -> Drawing:
-    """A row a class, a column a source (real images, samples after task k, ...), some images of each side by side.
+def style(i: int, size: float = 4.5, **more) -> dict:
+    """Colour and marker of the i-th line of a figure, with further settings of matplotlib."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": size} | more
 
-    ``columns`` pairs a title with images by class, uint8 (n, C, H, W) with the same n in a column; a class that a
-    column lacks stays blank.
-    """
+
+def legend(figure: Drawing, loc: str = "outside right upper", **more):
+    """A legend beside the axes, where it covers no line; of the first panel, unless ``handles`` are given."""
+    handles = figure.axes[0].get_legend_handles_labels()[0]
+    return figure.legend(**{"frameon": False, "fontsize": 9, "loc": loc, "handles": handles} | more)
+
+
+def bands(frames: dict[str, pd.DataFrame], x: str, y: str, labels: tuple[str, str], middle="mean", size=4.5) -> Drawing:
+    """The mean (or median) of ``y`` against ``x`` with its range as a band, one line a frame; y starts at 0."""
+    figure, axis = chart(7.4, 3.7, *labels)
+    for i, (name, frame) in enumerate(frames.items()):
+        line = frame.groupby(x)[y].agg(["min", middle, "max"])
+        axis.plot(line[middle], label=name, **style(i, size))
+        axis.fill_between(line.index, line["min"], line["max"], color=COLOURS[i % len(COLOURS)], alpha=0.16, lw=0)
+    axis.set_ylim(0)
+    legend(figure)
+    return figure
+
+
+def dots(table: pd.DataFrame, panels: dict[str, str]) -> Drawing:
+    """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation."""
+    rows = np.arange(len(table))
+    figure, axes = drawing(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
+    for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
+        axis.errorbar(table[measure], rows, xerr=table.get(f"{measure} sd"), capsize=3, ls="none", **style(0, 5))
+        axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=3)
+    axes[0, 0].set(yticks=rows, yticklabels=table.index, ylim=(len(rows) - 0.5, -0.5))
+    return figure
+
+
+def heatmaps(tables: dict[str, pd.DataFrame], width: float, height: float, form="{:.2f}", least=-np.inf, **scale):
+    """(figure, axes): tables by title, with the numbers from ``least`` up written in; ``scale``: vmin, vmax of all."""
+    figure, axes = drawing(width, height, 1, len(tables), width_ratios=[table.shape[1] for table in tables.values()])
+    for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
+        values = table.to_numpy(float)
+        image = axis.imshow(values, cmap="Blues", aspect="auto", **scale)
+        axis.grid(False)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(table.columns)), table.columns.astype(str))
+        axis.set_yticks(range(len(table)), table.index.astype(str))
+        for (i, j), value in np.ndenumerate(values):
+            if value >= least:
+                colour = "white" if image.norm(value) > 0.6 else INK
+                axis.text(j, i, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+    return figure, axes[0]
+
+
+def tile(images: Tensor, columns: int) -> np.ndarray:
+    """uint8 images (N, C, H, W) laid out row by row with white gaps of a pixel -> (height, width, C) array of bytes."""
+    padded = torch.nn.functional.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=255)
+    sheet = padded.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # (rows, H + 1, columns, W + 1, C)
+    return sheet.flatten(2, 3).flatten(0, 1)[:-1, :-1].numpy()
+
+
+def show_images(axis: Axes, images: Tensor, columns: int, rows: Sequence[str], **text) -> None:
+    """``tile`` of images on an axis that says nothing but the names of the rows."""
+    axis.imshow(tile(images, columns).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    H = images.shape[2]
+    axis.set_yticks([i * (H + 1) + (H - 1) / 2 for i in range(len(rows))], rows, **text)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+
+
+def sample_columns(columns: list[tuple[str, dict[int, Tensor]]], order: list[int], names: Sequence[str]) -> Drawing:
+    """A row a class, a column a title and uint8 images (n, C, H, W) by class; a class that a column lacks is blank."""
     counts = [len(next(iter(images.values()))) for _, images in columns]
     C, H, W = next(iter(columns[0][1].values())).shape[1:]
     scale = min(0.34, 11 / sum(counts))  # inches an image
-    figure, axes = drawing(
-        scale * sum(counts) + 0.25 * len(columns) + 0.8,
-        scale * len(order) * H / W + 0.5,
-        1,
-        len(columns),
-        width_ratios=counts,
-    )
-    for k, (axis, (title, images), count) in enumerate(zip(axes[0], columns, counts, strict=True)):
+    size = scale * sum(counts) + 0.25 * len(columns) + 0.8, scale * len(order) * H / W + 0.5
+    figure, axes = drawing(*size, 1, len(columns), width_ratios=counts)
+    for axis, (title, images), count in zip(axes[0], columns, counts, strict=True):
         blank = torch.full((count, C, H, W), 255, dtype=torch.uint8)
-        sheet = tile(torch.cat([images[cls][:count] if cls in images else blank for cls in order]), count)
-        axis.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
+        shown = torch.cat([images.get(cls, blank)[:count] for cls in order])
+        show_images(axis, shown, count, [names[cls] for cls in order] if axis is axes[0, 0] else ())
         axis.set_title(title, color=INK, fontsize=10)
-        axis.set_xticks([])
-        axis.set_yticks([i * (H + 1) + (H - 1) / 2 for i in range(len(order))] if k == 0 else [])
-        if k == 0:
-            axis.set_yticklabels([names[cls] for cls in order])
-            axis.tick_params(length=0)
     return figure
 
 
 def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], title: str) -> Drawing:
     """Losses against images seen, one line a name: ``losses[name] = (images, loss)``."""
-    figure, axes = drawing(6.4, 3.2)
-    axis = axes[0, 0]
+    figure, axis = chart(6.4, 3.2, "images seen", "flow-matching loss")
     for i, (name, (images, loss)) in enumerate(losses.items()):
-        dashed = (i // len(COLOURS)) % 2
-        axis.plot(images, loss, label=name, color=COLOURS[i % len(COLOURS)], linestyle="--" if dashed else "-")
-    axis.set_xlabel("images seen")
-    axis.set_ylabel("flow-matching loss")
+        axis.plot(images, loss, "--" if i // len(COLOURS) % 2 else "-", label=name, color=COLOURS[i % len(COLOURS)])
     axis.set_title(title, fontsize=11)
     if len(losses) > 1:
-        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+        legend(figure, fontsize=8)
     return figure
 
 
-def accuracy_per_task(curves: dict[str, Sequence[float]]) -> Drawing:
-    """A_k of Eq. 22 against the task number, one line a method, labelled at its end."""
-    figure, axes = drawing(6.8, 3.6)
-    axis = axes[0, 0]
-    for i, (name, values) in enumerate(curves.items()):
-        tasks = range(1, len(values) + 1)
-        axis.plot(
-            tasks, values, marker=MARKERS[i % len(MARKERS)], markersize=4, color=COLOURS[i % len(COLOURS)], label=name
-        )
-    axis.set_xticks(range(1, max(map(len, curves.values())) + 1))
-    axis.set_xlabel("task")
-    axis.set_ylabel("accuracy over classes seen")
-    axis.set_ylim(0, 1.02)
+def accuracy_per_task(averages: dict[str, Sequence[float | None]]) -> Drawing:
+    """A_k of Eq. 22 against the task number, one line a name; a task that was not scored has None and no mark."""
+    figure, axis = chart(6.8, 3.6, "task", "accuracy over classes seen")
+    for i, (name, values) in enumerate(averages.items()):
+        axis.plot(range(1, len(values) + 1), np.array(values, float), **style(i, 4, label=name))
+    axis.set(xticks=range(1, max(map(len, averages.values())) + 1), ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Drawing:
     """Confusion matrix: rows are true classes, columns what the classifier said, in per cent of the row."""
-    counts = np.asarray(counts, float)
-    share = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    figure, axes = drawing(0.42 * len(names) + 1.8, 0.42 * len(names) + 1.2)
-    axis = axes[0, 0]
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-    axis.grid(False)
-    axis.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 60)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("classifier's answer")
-    axis.set_ylabel("true class")
-    if len(names) <= 20:
-        for (i, j), value in np.ndenumerate(share):
-            if value >= 0.5:
-                axis.text(
-                    j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 50 else INK
-                )
+    counts, size = np.asarray(counts, float), 0.42 * len(names)
+    share = pd.DataFrame(100 * counts / counts.sum(1, keepdims=True).clip(1), names, names)
+    least = 0.5 if len(names) <= 20 else np.inf
+    figure, (axis,) = heatmaps({"": share}, size + 1.8, size + 1.2, "{:.0f}", least, vmin=0, vmax=100)
+    axis.set(xlabel="classifier's answer", ylabel="true class")
+    axis.tick_params("x", rotation=0 if max(map(len, names)) < 3 else 60)
     return figure

@@ -1,53 +1,79 @@
-"""Numbers printed by others, for the columns beside ours: never results of this program.
+"""Every number printed by others, for the columns beside ours: never results of this program.
 
-From the FunLoRA paper unless marked; LA in per cent. The paper's text calls the metric of Table VI AIA, but the values
-that survive in it equal the LA column of the cost table: here they are read as LA. None: printed nowhere we know of.
+From the FunLoRA paper unless marked; LA in per cent, PPC and images of storage as printed. The paper's text calls the
+metric of Table VI AIA; its surviving values equal the cost table's LA, so it is read as LA. None: printed nowhere.
 """
 
 import pandas as pd
 
-# Table IV: accuracy by operation, learned cosine
-OPERATIONS = pd.DataFrame(
-    {
-        "CIFAR10": {"mul": 84.02, "mul-add": 83.98, "add": 18.76},
-        "CIFAR100": {"mul": 60.07, "mul-add": 59.12, "add": 14.56},
-    }
-)
+# Table I: PPC of vanilla mul by window of layers (CIFAR100)
+WINDOWS = {
+    "0-64": "34.054K", "5-54": "29.440K", "15-44": "18.432K", "15-54": "24.832K", "25-44": "13.312K",
+    "25-54": "19.712K", "35-54": "13.056K", "40-54": "9.728K", "45-54": "6.400K", "40-49": "6.656K", "45-49": "3.328K",
+}  # fmt: skip
+
+# Table II: by our method, the row's name, PPC in layers 0-64 and in layers 40-54 (CIFAR100)
+FUNCTIONS = {
+    "vanilla-add": ("vanilla add, rank 1 and 2", "35.59K", "11.26K"),
+    "vanilla-mul": ("vanilla mul, rank 1 and 2", "35.59K", "11.26K"),
+    "shift": ("right shift", "34.70K", "9.88K"),
+    "cosine-frozen": ("cosine, frozen", "34.70K", "9.88K"),
+    "funlora": ("cosine, learned", "35.35K", "10.03K"),
+    "power-frozen": ("power, frozen", "34.70K", "9.88K"),
+    "power": ("power, learned", "35.35K", "10.03K"),
+}
+RANKS = {"cosine": 15, "shift": 10, "power": 4}  # Fig. 4: largest rank of F after training
+
+# Table IV: accuracy by operation, learned cosine; PPC by ratio, and how many images of 3 x 32 x 32 bytes that is
+OPERATIONS = {
+    "CIFAR10": {"mul": 84.02, "mul-add": 83.98, "add": 18.76},
+    "CIFAR100": {"mul": 60.07, "mul-add": 59.12, "add": 14.56},
+}
+RATIOS = {1: "10.03K", 2: "5.284K", 4: "2.732K", 8: "1.516K", 16: "0.908K"}
+RATIO_IMAGES = {1: "13", 2: "7", 4: "4", 8: "2", 16: "1"}
+
+# Table V: by our method, the row's name, PPC on CIFAR10, CIFAR100 and ImageNet100
+METHODS = {
+    "label-embedding": ("vanilla conditioning only", "0.0K", "0.0K", "0.0K"),
+    "scale-shift": ("scale and shift", "11.78K", "11.78K", "16.13K"),
+    "lora-attention": ("LoRA attention layers", "18.43K", "18.43K", "75.26K"),
+    "lora-conv-v1": ("LoRA Conv2d v1", "12.29K", "12.29K", "14.98K"),
+    "lora-conv-v2": ("LoRA Conv2d v2", "10.75K", "10.75K", "14.21K"),
+    "funlora": ("FunLoRA", "10.03K", "10.03K", "13.65K"),
+}
+
+# Table VI: parameters of base, embeddings and adapters together; the supplement: PPC over a base pre-trained on COCO
+TOTALS = {"cifar10": "35.84M", "cifar100": "36.61M", "imagenet100": "90.69M"}
+SUPPLEMENT = ("2.474K", "3.6K")
 
 # Table VI; values with * are from a secondary page about the JDCL paper
-SECONDARY = "*"
-PRIOR_SYSTEMS = pd.DataFrame.from_dict(
-    {
-        "FunLoRA": ["84.02", "60.07", None, None, "35.84M / 36.61M / 90.69M"],
-        "FunLoRA, 10x samples": [None, "67.89", None, None, "36.61M"],
-        "JDCL": ["83.69", "47.95*", "29.04*", "54.53*", "52.4M / 52.4M / 295M"],
-        "JDCL (fast)": ["78.10", None, None, None, "52.4M"],
-        "GUIDE": ["64.47", "41.66*", "26.13*", "39.07*", "52.4M / 52.4M / 295M"],
-        "DGR diffusion": ["59.00", "28.25*", "15.90*", "23.92*", "52.4M / 52.4M / 295M"],
-        "DDGR": ["43.69", None, None, None, "52.4M / 52.4M / 295M"],
-        "DiffClass (Stable Diffusion)": [None, "62.21", None, None, "983M"],
-    },
-    orient="index",
-    columns=["CIFAR10 2-2", "CIFAR100 20-20", "CIFAR100 10-10", "ImageNet100 20-20", "parameters"],
-)
+PRIOR_SYSTEMS = pd.DataFrame({
+    "FunLoRA": ["84.02", "60.07", None, None, "35.84M / 36.61M / 90.69M"],
+    "FunLoRA, 10x samples": [None, "67.89", None, None, "36.61M"],
+    "JDCL": ["83.69", "47.95*", "29.04*", "54.53*", "52.4M / 52.4M / 295M"],
+    "JDCL (fast)": ["78.10", None, None, None, "52.4M"],
+    "GUIDE": ["64.47", "41.66*", "26.13*", "39.07*", "52.4M / 52.4M / 295M"],
+    "DGR diffusion": ["59.00", "28.25*", "15.90*", "23.92*", "52.4M / 52.4M / 295M"],
+    "DDGR": ["43.69", None, None, None, "52.4M / 52.4M / 295M"],
+    "DiffClass (Stable Diffusion)": [None, "62.21", None, None, "983M"],
+}, ["CIFAR10 2-2", "CIFAR100 20-20", "CIFAR100 10-10", "ImageNet100 20-20", "parameters"]).T  # fmt: skip
 
-# hours on one A100 or H100: training, sampling, classifier, total
-COST = pd.DataFrame.from_dict(
-    {
-        "FunLoRA, CIFAR10": [3.5, 1.4, 0.2, 5.1],
-        "FunLoRA, ImageNet100": [31.0, 16.8, 1.6, 49.4],
-        "JDCL, CIFAR10": [None, None, None, 26.9],
-        "JDCL (fast), CIFAR10": [None, None, None, 13.6],
-        "GUIDE, CIFAR10": [None, None, None, 15.3],
-        "DGR diffusion, CIFAR10": [None, None, None, 14.0],
-        "DDGR, CIFAR10": [None, None, None, 20.6],
-    },
-    orient="index",
-    columns=["training h", "sampling h", "classifier h", "total h"],
-)
+# Table VII: CIFAR100, 20 classes a task, RK4. LA by multiple of the real images; a column a number of steps. There the
+# columns are headed "NFE"; a step of RK4 takes four evaluations, so 2 or 3 of them can only be steps.
+BUDGET = pd.DataFrame({
+    1: [56.27, 57.96, 58.79, 59.23, 58.72, 59.99, 59.42],
+    2: [60.01, 62.81, 63.11, 63.73, 63.37, 63.34, 63.15],
+    3: [61.61, 63.65, 64.91, 64.72, 64.82, 64.96, 65.14],
+    4: [62.49, 65.04, 65.59, 65.87, 65.58, 65.45, 65.43],
+    5: [63.00, 65.85, 66.25, 66.26, 66.73, 66.77, 66.34],
+    6: [63.56, 65.92, 66.09, 66.47, 66.33, 66.40, 66.60],
+    10: [64.79, 67.25, 67.90, 67.57, 68.00, 67.83, 67.63],
+}, [2, 3, 4, 5, 6, 10, 20]).T  # fmt: skip
 
-# images of 3 x 32 x 32 bytes that take as much room as a class in float32, by ratio
-RATIO_IMAGES = {1: 13, 2: 7, 4: 4, 8: 2, 16: 1}
-
-# largest rank of F after training, Fig. 4
-RANKS = {"cosine": 15, "shift": 10, "power": 4}
+# hours on one A100 or H100
+COST = pd.DataFrame({
+    "FunLoRA, CIFAR10": [3.5, 1.4, 0.2, 5.1], "FunLoRA, ImageNet100": [31.0, 16.8, 1.6, 49.4],
+    "JDCL, CIFAR10": [None, None, None, 26.9], "JDCL (fast), CIFAR10": [None, None, None, 13.6],
+    "GUIDE, CIFAR10": [None, None, None, 15.3], "DGR diffusion, CIFAR10": [None, None, None, 14.0],
+    "DDGR, CIFAR10": [None, None, None, 20.6],
+}, ["training h", "sampling h", "classifier h", "total h"]).T  # fmt: skip

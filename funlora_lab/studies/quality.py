@@ -1,40 +1,38 @@
 """How good samples are: Frechet and kernel distance, precision and recall, and nearest real neighbours.
 
-The measures take features of any extractor, in float64. What a run reports without further downloads is computed on
-the last hidden layer of its own real-data classifier: "classifier features". Such numbers compare runs of one
-experiment with each other; they are not FID, and are not comparable with published ones (fidelity.py makes those).
-
-Letters: N real images, M drawn images, D features an image, k neighbours.
+The measures take features of any extractor, in float64: N real images, M drawn ones, D features each. A run reports
+them on "classifier features", the last hidden layer of its own real-data classifier: such numbers compare runs of one
+experiment; they are not FID and not comparable with published ones (fidelity.py makes those).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from funlora_lab import classifier
+from funlora_lab.continual import OpenRun
+from funlora_lab.data import to_floats
 from funlora_lab.errors import LabError
-from funlora_lab.opened import OpenRun
-from funlora_lab.streams import stream
+from funlora_lab.seeds import stream
+from funlora_lab.studies import plots
 
 NEIGHBOURS = 3  # k of precision and recall, as in Kynkaanniemi et al. 2019 and torch-fidelity
+MEASURES = ("Frechet", "kernel", "precision", "recall")
 
 
-def _factor(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean (D,), R) with R^T R = the unbiased covariance, without ever forming it."""
-    features = features.double()
-    mean = features.mean(0)
-    centred = (features - mean) / (len(features) - 1) ** 0.5
+def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean (D,), R) of features (N, D) with R^T R = the unbiased covariance, without ever forming it."""
+    mean = x.double().mean(0)
+    centred = (x - mean) / (len(x) - 1) ** 0.5
     return mean, torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred
 
 
 def frechet(real: Tensor, drawn: Tensor) -> float:
     """Frechet distance between the Gaussians fitted to features (N, D) and (M, D) (Dowson & Landau 1982).
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), where the last trace is the sum of the singular values of R1 R2^T for
-    S = R^T R: no square root of a nearly singular matrix, nothing negative or complex to discard.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the root's trace is the sum of singular values of R1 R2^T, S = R^T R.
     """
     (m1, R1), (m2, R2) = _factor(real), _factor(drawn)
     cross = torch.linalg.svdvals(R1 @ R2.T).sum()
@@ -42,19 +40,12 @@ def frechet(real: Tensor, drawn: Tensor) -> float:
 
 
 def kernel_distance(real: Tensor, drawn: Tensor) -> float:
-    """Unbiased squared MMD of features (N, D) and (M, D) with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
-
-    Zero on average for two sets of one distribution, so a single value may be below zero.
-    """
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018): of equal sets 0 on average."""
     x, y = real.double(), drawn.double()
     N, M, D = len(x), len(y), x.shape[1]
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / D + 1) ** 3
-
-    xx, yy = kernel(x, x), kernel(y, y)
+    xx, yy, xy = ((a @ b.T / D + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - xx.trace()) / (N * (N - 1)) + (yy.sum() - yy.trace()) / (M * (M - 1))
-    return (within - 2 * kernel(x, y).mean()).item()
+    return (within - 2 * xy.mean()).item()
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -70,165 +61,173 @@ def precision_recall(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> tuple[
     """
     if min(len(real), len(drawn)) <= k:
         raise LabError(f"Precision and recall need more than {k} images on each side: here {len(real)}, {len(drawn)}.")
-
-    def radii(x: Tensor) -> Tensor:
-        return distances(x, x).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
-
+    around_real, around_drawn = (distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))  # 1st: itself
     between = distances(real, drawn)  # (N, M)
-    precision = (between <= radii(real)[:, None]).any(0).double().mean().item()
-    recall = (between <= radii(drawn)[None, :]).any(1).double().mean().item()
-    return precision, recall
-
-
-MEASURES = ("Frechet", "kernel", "precision", "recall")
+    precision = (between <= around_real[:, None]).any(0).double().mean().item()
+    return precision, (between <= around_drawn[None, :]).any(1).double().mean().item()
 
 
 def measure(real: Tensor, drawn: Tensor) -> dict[str, float]:
-    """All four measures of features (N, D) and (M, D)."""
-    precision, recall = precision_recall(real, drawn)
-    values = (frechet(real, drawn), kernel_distance(real, drawn), precision, recall)
+    values = (frechet(real, drawn), kernel_distance(real, drawn), *precision_recall(real, drawn))
     return dict(zip(MEASURES, values, strict=True))
 
 
-class Halving(NamedTuple):
-    """Half of the real images, the other half, and as many drawn ones: three sets of one size."""
+def halvings(real: Tensor, drawn: Tensor, draws: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``draws`` times a random half of the real features (N, D), the other half, and as many drawn ones (M, D).
 
-    reference: Tensor
-    other: Tensor
-    drawn: Tensor
-
-
-def halvings(real: Tensor, drawn: Tensor, draws: int, seed: int) -> Iterator[Halving]:
-    """``draws`` random halvings, without replacement, of features (N, D) and (M, D).
-
-    Resampling with replacement would put copies beside each other, which breaks neighbourhoods and shrinks
-    covariances. The spread over random halves instead estimates the standard error of the value for the whole set:
-    the variance of a mean over half of N, given the N, is that of the mean over all N.
+    Their spread estimates the standard error of a value for the whole set: the variance of a mean over half of N, given
+    the N, is that of the mean over all N. Drawing with replacement would make copies, which break neighbourhoods.
     """
     size = min(len(real) // 2, len(drawn))
     for number in range(draws):
         generator = stream(seed, "halving", number)
-        order = torch.randperm(len(real), generator=generator)
-        picked = torch.randperm(len(drawn), generator=generator)[:size]
-        yield Halving(real[order[:size]], real[order[size : 2 * size]], drawn[picked])
+        order, picked = (torch.randperm(len(x), generator=generator) for x in (real, drawn))
+        yield real[order[:size]], real[order[size : 2 * size]], drawn[picked[:size]]
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean, and the interval that holds the middle 95 % of resampled values."""
-    ordered = torch.tensor(values, dtype=torch.float64)
-    low, high = ordered.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": ordered.mean().item(), "low": low, "high": high}
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean of resampled values, and the interval that holds their middle 95 %."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
 def compare(real: Tensor, drawn: Tensor, draws: int = 50, seed: int = 0) -> pd.DataFrame:
-    """Measures of drawn images, and of other real ones as the floor, against half of the real ones.
-
-    One line a measure and kind (``samples``, ``real``): value (mean over random halvings), low, high, n images a side.
-    Both kinds use sets of the same size n, since Frechet distance, precision and recall all depend on it.
-    """
-    results = {(kind, name): [] for kind in ("samples", "real") for name in MEASURES}
-    n = 0
-    for half in halvings(real, drawn, draws, seed):
-        n = len(half.reference)
-        for kind, images in (("samples", half.drawn), ("real", half.other)):
-            for name, value in measure(half.reference, images).items():
-                results[kind, name].append(value)
-    return pd.DataFrame(
-        [{"of": kind, "measure": name, **spread(values), "n": n} for (kind, name), values in results.items()]
-    )
+    """Measures of samples, and of other real images as the floor, against half of the real ones: all in sets of n."""
+    halves, lines = halvings(real, drawn, draws, seed), []
+    pairs = [(measure(half, picked), measure(half, other)) for half, other, picked in halves]
+    for of, values in zip(("samples", "real"), zip(*pairs, strict=True), strict=True):
+        lines += [{"of": of, "measure": name} | interval([each[name] for each in values]) for name in MEASURES]
+    return pd.DataFrame(lines).assign(n=min(len(real) // 2, len(drawn)))
 
 
-def groups(opened: OpenRun) -> dict[str, list[int]]:
-    """Name -> classes: all of them, those of each task, each alone."""
-    tasks, names = opened.tasks, opened.classes
-    everything = [cls for classes in tasks for cls in classes]
-    by_task = {f"task {k}": classes for k, classes in enumerate(tasks, 1)}
-    return {"all": everything} | by_task | {f"class {names[cls]}": [cls] for cls in everything}
-
-
-def images_of(opened: OpenRun, split: str, count: int | None = None) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """(real images of ``split``, samples), each class -> uint8 images; ``count`` samples a class."""
+def by_group(run: OpenRun, extract: Callable, split: str, count: int | None = None) -> Iterator[tuple]:
+    """(name, ``extract`` of real images (N, D), of ``count`` samples a class (M, D)) of all, each task, each class."""
     if split not in ("train", "test"):
         raise LabError(f"split={split}: accepted is train or test.")
-    if opened.learner is None:
-        raise LabError(f"The method {opened.experiment.method} draws no samples: there is nothing to judge.")
-    everything = groups(opened)["all"]
-    real = {cls: getattr(opened.work.dataset, split).of(cls).pixels for cls in everything}
-    return real, {cls: opened.samples(cls, count) for cls in everything}
+    if not run.generator.draws:
+        raise LabError(f"The method {run.experiment.method} draws no samples: there is nothing to judge.")
+    images, order = getattr(run.context.dataset, split), run.context.classes
+    real = {cls: extract(images.of(cls).pixels) for cls in order}
+    drawn = {cls: extract(run.samples(cls, count)) for cls in order}
+    groups = {"all": order} | {f"task {k}": classes for k, classes in enumerate(run.tasks, 1)}
+    for name, classes in (groups | {f"class {run.classes[cls]}": [cls] for cls in order}).items():
+        yield name, torch.cat([real[cls] for cls in classes]), torch.cat([drawn[cls] for cls in classes])
 
 
-def joined(features: dict[int, Tensor], classes: list[int]) -> Tensor:
-    return torch.cat([features[cls] for cls in classes])
+@torch.no_grad()
+def features(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
+    """What the last linear layer sees of each uint8 image (N, C, H, W) -> (N, D) in float64, on the CPU."""
+    net.eval()
+    device = next(net.parameters()).device
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double().cpu()))
+    try:
+        for part in pixels.split(batch):
+            net(to_floats(part.to(device)))
+    finally:
+        hook.remove()
+    return torch.cat(seen)
 
 
-def classifier_quality(opened: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
-    """``compare`` on classifier features for every group of classes, which the column ``group`` names.
-
-    The classifier has seen the images of split train, so unseen real images too lie at some distance from them
-    (``unseen`` measures it); split test is free of that, with fewer images.
-    """
-    real, drawn = images_of(opened, split)
-    real, drawn = (
-        {cls: classifier.features(opened.judge, images) for cls, images in part.items()} for part in (real, drawn)
-    )
-    tables = []
-    for group, classes in groups(opened).items():
-        table = compare(joined(real, classes), joined(drawn, classes), draws, opened.experiment.seed)
-        tables.append(table.assign(group=group))
-    columns = ["group", "of", "measure", "value", "low", "high", "n"]
-    return pd.concat(tables, ignore_index=True)[columns].assign(features="classifier features", split=split)
+def classifier_quality(run: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
+    """``compare`` for every group of classes, on classifier features: they know split train (``unseen``), not test."""
+    groups = by_group(run, lambda pixels: features(run.judge, pixels), split)
+    table = pd.concat({name: compare(x, y, draws, run.experiment.seed) for name, x, y in groups}, names=["group"])
+    return table.droplevel(1).reset_index().assign(features="classifier features", split=split)
 
 
-def unseen(opened: OpenRun, draws: int = 50) -> pd.DataFrame:
+def unseen(run: OpenRun, draws: int = 50) -> pd.DataFrame:
     """``compare`` with real test images in place of samples, of all classes: what no generator can be asked to beat."""
-    dataset = opened.work.dataset
-    train, test = (classifier.features(opened.judge, part.pixels) for part in (dataset.train, dataset.test))
-    return compare(train, test, draws, opened.experiment.seed).replace({"of": {"samples": "test"}})
+    train, test = (features(run.judge, part.pixels) for part in (run.context.dataset.train, run.context.dataset.test))
+    return compare(train, test, draws, run.experiment.seed).replace({"of": {"samples": "test"}})
 
 
-def decay(opened: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
+def decay(run: OpenRun, draws: int = 50) -> pd.DataFrame:
     """``compare`` for the classes of task 1 as they are drawn after every task: what retraining does to old classes."""
-    first = opened.tasks[0]
-    real = torch.cat([getattr(opened.work.dataset, split).of(cls).pixels for cls in first])
-    real, tables = classifier.features(opened.judge, real), []
-    for task in range(1, len(opened.tasks) + 1):
-        samples = opened.samples_after(task)
-        drawn = classifier.features(opened.judge, torch.cat([samples[cls] for cls in first]))
-        tables.append(compare(real, drawn, draws, opened.experiment.seed).assign(task=task))
+    first, tables = run.tasks[0], []
+    real = features(run.judge, torch.cat([run.context.dataset.train.of(cls).pixels for cls in first]))
+    for task in range(1, len(run.tasks) + 1):
+        samples = run.samples_after(task)
+        drawn = features(run.judge, torch.cat([samples[cls] for cls in first]))
+        tables.append(compare(real, drawn, draws, run.experiment.seed).assign(task=task))
     return pd.concat(tables, ignore_index=True)
 
 
 def nearest(real: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """(distance, index) of the nearest of real images (N, ...) to each drawn image (M, ...) -> (M,), (M,).
-
-    Distance is the root mean square over pixels, in grey levels of 0-255.
-    """
-    flat = [images.flatten(1).double() for images in (drawn, real)]
-    distance, index = distances(*flat).min(1)
-    return distance / flat[0].shape[1] ** 0.5, index
+    """(root mean square distance in grey levels (M,), index (M,)) of the real image nearest to each drawn one."""
+    distance, index = distances(drawn.flatten(1), real.flatten(1)).min(1)
+    return distance / drawn[0].numel() ** 0.5, index
 
 
 def memorisation(train: Tensor, test: Tensor, drawn: Tensor) -> dict[str, float]:
-    """How near samples lie to training images, measured by how near unseen real images lie to them.
+    """How near samples lie to training images (median), measured by how near unseen real images lie to them.
 
-    ``nearer`` is the share of samples that are nearer to a training image than the median unseen image is: one half
-    for samples like fresh real images, one for a memory. ``copies`` is the share at distance zero.
+    nearer: the share nearer than the median unseen image, half for fresh real ones, all for a memory; copies: at zero.
     """
-    to_train, _ = nearest(train, drawn)
-    unseen, _ = nearest(train, test)
-    return {
-        "samples": to_train.median().item(),
-        "unseen": unseen.median().item(),
-        "nearer": (to_train < unseen.median()).double().mean().item(),
-        "copies": (to_train == 0).double().mean().item(),
-    }
+    (to_train, _), (fresh, _) = nearest(train, drawn), nearest(train, test)
+    samples, unseen = to_train.median().item(), fresh.median().item()
+    nearer, copies = (to_train < unseen).double().mean().item(), (to_train == 0).double().mean().item()
+    return {"samples": samples, "unseen": unseen, "nearer": nearer, "copies": copies}
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
     """A table for reading: a line a group and protocol, a column a measure, each value with its interval."""
-    shown = table.assign(
-        text=[f"{row.value:.3g} ({row.low:.3g} to {row.high:.3g})" for row in table.itertuples()],
-    )
+    texts = [f"{row.value:.3g} ({row.low:.3g} to {row.high:.3g})" for row in table.itertuples()]
     keys = [name for name in table.columns if name not in ("measure", "value", "low", "high")]
-    shown = shown.pivot(index=keys, columns="measure", values="text")[list(dict.fromkeys(table["measure"]))]
-    return shown.loc[table[keys].drop_duplicates().itertuples(index=False, name=None)].rename_axis(columns=None)
+    return table.assign(text=texts).pivot_table("text", keys, "measure", "first", sort=False).rename_axis(columns=None)
+
+
+def plot_bars(tables: dict[str, pd.DataFrame]) -> plots.Drawing:
+    """A panel a measure, a group of classes a line: one point with its interval a source, real halves as the floor."""
+    first = next(iter(tables.values()))
+    groups = list(dict.fromkeys(first["group"]))
+    sources = {"other real images": first[first["of"] == "real"]}
+    sources |= {name: table[table["of"] == "samples"] for name, table in tables.items()}
+    figure, axes = plots.drawing(3.0 * len(MEASURES) + 0.9, 0.3 * len(groups) + 1.3, 1, len(MEASURES), sharey=True)
+    for axis, measure in zip(axes[0], MEASURES, strict=True):
+        for i, (name, table) in enumerate(sources.items()):
+            part = table[table["measure"] == measure].set_index("group").loc[groups]
+            rows = np.arange(len(groups)) + 0.56 * (i / (len(sources) - 1) - 0.5)
+            look = plots.style(i, 4, label=name, ls="none") | {"color": plots.COLOURS[i - 1] if i else plots.GREY}
+            axis.errorbar(part["value"], rows, xerr=(part[["low", "high"]].T - part["value"]).abs(), **look)
+        axis.set_title(measure, fontsize=10)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0, 0].set(yticks=range(len(groups)), yticklabels=groups)
+    axes[0, 0].invert_yaxis()
+    plots.legend(figure, "outside lower center", fontsize=8, ncols=len(sources))
+    return figure
+
+
+def plot_neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]]) -> plots.Drawing:
+    """A line a class: samples (top) above their nearest training images (bottom), with the distance in grey levels."""
+    count, (H, W) = len(rows[0][1]), rows[0][1].shape[2:]
+    figure, axes = plots.drawing(0.46 * count + 1.2, 1.16 * len(rows) * H / W + 0.3, len(rows), 1)
+    for (name, drawn, real, distance), axis in zip(rows, axes[:, 0], strict=True):
+        plots.show_images(axis, torch.cat([drawn, real]), count, [f"{name}: sample", "nearest"], fontsize=7)
+        axis.set_xticks([i * (W + 1) + (W - 1) / 2 for i in range(count)], [f"{d:.0f}" for d in distance], fontsize=7)
+    return figure
+
+
+def plot_recognition(tables: dict[str, pd.DataFrame]) -> plots.Drawing:
+    """A heatmap a method: recognition of every class (rows) after every task (columns), blank before it is learned."""
+    least, size = min(table.min(axis=None) for table in tables.values()), max(map(len, tables.values()))
+    figure, axes = plots.heatmaps(tables, 3.2 * len(tables) + 0.6, 0.29 * size + 1.1, vmin=least, vmax=1)
+    for axis in axes:
+        axis.set_xlabel("after task")
+        axis.tick_params("y", labelleft=axis is axes[0])
+    axes[0].set_ylabel("class")
+    return figure
+
+
+def plot_decay(tables: dict[str, pd.DataFrame], measure: str) -> plots.Drawing:
+    """A measure of the classes of task 1 after every task, one line a method; other real images as the floor."""
+    figure, axis = plots.chart(6.4, 3.2, "after task", f"{measure} distance, classes of task 1")
+    for i, (name, table) in enumerate(tables.items()):
+        part, floor = (table[(table["measure"] == measure) & (table["of"] == kind)] for kind in ("samples", "real"))
+        look = plots.style(i, 6, capsize=3, label=name)
+        axis.errorbar(part["task"], part["value"], (part[["low", "high"]].T - part["value"]).abs(), **look)
+    axis.plot(floor["task"], floor["value"], color=plots.GREY, linestyle=":", label="other real images")
+    axis.set(xticks=list(floor["task"]), ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    return figure

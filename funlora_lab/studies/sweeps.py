@@ -1,14 +1,10 @@
-"""Doing the runs that tables lack, and reading the results of all of them.
+"""Doing the runs that tables lack, which share bases and classifiers through the store, and reading all results."""
 
-Runs of a table share bases, judges and classifiers through the artefact store, whoever makes them first.
-"""
-
-import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -16,77 +12,45 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
-from funlora_lab import continual
-from funlora_lab.config import WHOLE_NETWORK, Experiment
-from funlora_lab.opened import OpenRun, exhaust, open_run
+from funlora_lab.adapters import METHODS
+from funlora_lab.continual import OpenRun, open_run
+from funlora_lab.errors import LabError
+from funlora_lab.experiment import Experiment
 from funlora_lab.store import Run, home
-from funlora_lab.studies.designs import Cell
-from funlora_lab.training import Runtime
+from funlora_lab.studies.cost import seconds_of
+from funlora_lab.studies.tables import Cell
+from funlora_lab.training import ignore, pick_device
+
+MEASURES = {  # measure -> (heading, digits, factor)
+    "LA": ("LA %", 1, 100), "AIA": ("AIA %", 1, 100), "recognition": ("recognised %", 1, 100),
+    "flow_loss": ("flow loss", 4, 1), "seconds": ("seconds", 0, 1),
+}  # fmt: skip
+NOT_RUN, NOT_MEASURED = "not run", "not measured"
 
 
 def missing(wanted: list[Cell], folder: Path | None = None) -> list[Experiment]:
-    """The experiments of some cells that are not finished, each once."""
-    experiments = dict.fromkeys(cell.experiment for cell in wanted)
-    return [experiment for experiment in experiments if not Run.of(experiment, folder).results()]
+    return [e for e in dict.fromkeys(cell.experiment for cell in wanted) if not Run.of(e, folder).results()]
 
 
 def status(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
     """One line a table: runs it needs, finished and remaining."""
-    lines = {}
-    for table in dict.fromkeys(cell.table for cell in wanted):
-        mine = [cell for cell in wanted if cell.table == table]
-        left = len(missing(mine, folder))
-        lines[table] = {"runs": len(mine), "finished": len(mine) - left, "remaining": left}
-    return pd.DataFrame.from_dict(lines, orient="index")
+    runs = pd.DataFrame({"table": cell.table, "finished": bool(cell.run(folder).results())} for cell in wanted)
+    counts = runs.groupby("table", sort=False)["finished"].agg(runs="count", finished="sum").rename_axis(None)
+    return counts.assign(remaining=counts["runs"] - counts["finished"])
 
 
-def costs(run: Run) -> dict[str, float]:
-    """Seconds of a finished run: base, the rest of the generator's training, sampling, classifiers, from its log."""
-    spent = {"base": 0.0, "sampling": {}, "classifier": {}}
-    judged = False  # the first classifier is the judge, no part of the method; what follows it is
-    for event in run.events():
-        if event["event"] == "loss" and event["stage"] == "base":
-            spent["base"], judged = event["seconds"], True
-        elif event["event"] == "samples":
-            spent["sampling"][event["class"]], judged = event["seconds"], True
-        elif event["event"] == "loss" and event["stage"] == "classifier" and judged:
-            spent["classifier"][event["classes"]] = event["seconds"]
-    parts = {name: sum(value.values()) if isinstance(value, dict) else value for name, value in spent.items()}
-    return {"generator": run.results()["seconds"] - sum(parts.values()), **parts}
-
-
-def _trial(experiment: Experiment, device: str) -> dict[str, float]:
-    """Seconds a run would take, from a run of a few steps in a temporary folder."""
-    e = experiment
-    short = e.but(
-        base_images=4 * e.base_batch,
-        adapter_images=4 * e.adapter_batch,
-        samples_per_class=min(8, e.chunk),
-        chunk=min(8, e.chunk),
-        classifier_epochs=1,
-        score_after="last",
-    )
+def _trial(e: Experiment, device: str) -> dict[str, float]:
+    """Seconds by kind of work that a run would take, from one of a few steps in a temporary folder."""
+    few = e.but(base_images=4 * e.base.batch, adapter_images=4 * e.adapter.batch, samples_per_class=8, chunk=8)
+    few, drawn = few.but(classifier_epochs=1), e.samples_per_class / 8
     with TemporaryDirectory() as folder:
-        events = list(continual.run(short, Runtime(device=continual.pick_device(device)), Path(folder)))
-    spent = {event["stage"]: event["seconds"] / event["step"] for event in events if event["event"] == "loss"}
-    drawn = sum(event["seconds"] for event in events if event["event"] == "samples")
-    tasks = next(event["tasks"] for event in events if event["event"] == "run")
-    fits = {"every": len(tasks), "last": 1, "none": 0}[e.score_after]
-    adapters = spent.get("adapter", 0.0) * e.adapter_steps
-    groups = 1 if e.lanes >= sum(map(len, tasks[1:])) else len(tasks) - 1
-    classifier = spent["classifier"] * e.classifier_epochs * sum(map(len, tasks)) * e.samples_per_class
-    own = adapters * groups + drawn * e.samples_per_class / short.chunk + fits * classifier / e.classifier_batch
-    return {"base": spent.get("base", 0.0) * e.base_steps, "own": own}
+        spent = seconds_of(open_run(few, device, home=Path(folder)).run)
+    times = {"generator": e.adapter.steps / 4, "base": e.base.steps / 4, "sampling": drawn}
+    return {kind: seconds * times.get(kind, e.classifier.epochs * drawn) for kind, seconds in spent.items()}
 
 
 def workers_for(experiments: list[Experiment], device: str) -> int:
-    """Processes at once: one a processor core, or one on a GPU."""
-    return 1 if continual.pick_device(device).type == "cuda" else max(1, min(len(experiments), os.cpu_count() or 1))
-
-
-def _base_and_own(run: Run) -> dict[str, float]:
-    base = costs(run)["base"]
-    return {"base": base, "own": run.results()["seconds"] - base}
+    return 1 if pick_device(device).type == "cuda" else max(1, min(len(experiments), os.cpu_count() or 1))
 
 
 def estimate(wanted: list[Cell], device: str = "auto", folder: Path | None = None) -> float:
@@ -94,124 +58,121 @@ def estimate(wanted: list[Cell], device: str = "auto", folder: Path | None = Non
     todo = missing(wanted, folder)
     if not todo:
         return 0.0
-    finished = {cell.experiment: cell.run(folder) for cell in wanted if cell.experiment not in todo}
-    known = {experiment: _base_and_own(run) for experiment, run in finished.items()}
-    if not known:
-        longest = next((e for e in todo if e.method not in WHOLE_NETWORK), todo[0])
-        known = {longest: _trial(longest, device)}
-    usual = {part: mean(cost[part] for cost in known.values()) for part in ("base", "own")}
-    same_row = {e.but(seed=0): cost["own"] for e, cost in known.items()}
-    new_seeds = {e.seed for e in todo} - {e.seed for e in finished}
-    seconds = usual["base"] * len(new_seeds) + sum(same_row.get(e.but(seed=0), usual["own"]) for e in todo)
-    return seconds / workers_for(todo, device)
+    done = {cell.experiment: seconds_of(cell.run(folder)) for cell in wanted if cell.experiment not in todo}
+    new_seeds = {e.seed for e in todo} - {e.seed for e in done}
+    longest = next((e for e in todo if e.method in METHODS), todo[0])
+    known = done or {longest: _trial(longest, device)}
+    own = {e: sum(spent.values()) - spent["base"] for e, spent in known.items()}
+    same_row = {e.but(seed=0): seconds for e, seconds in own.items()}
+    seconds = sum(same_row.get(e.but(seed=0), mean(own.values())) for e in todo)
+    return (seconds + len(new_seeds) * mean(spent["base"] for spent in known.values())) / workers_for(todo, device)
 
 
-def _work(experiment: Experiment, device: str, folder: Path, threads: int) -> None:
-    """What a process does: run one experiment. What two processes need, one makes while the other waits."""
-    torch.set_num_threads(threads)
-    exhaust(continual.run(experiment, Runtime(device=continual.pick_device(device)), folder))
-
-
-def perform(
-    wanted: list[Cell],
-    device: str = "auto",
-    folder: Path | None = None,
-    show: Callable[[str], None] = lambda line: None,
-    each: Callable[[str], None] = lambda line: None,
-) -> None:
+def perform(wanted: list[Cell], device="auto", folder: Path | None = None, show=ignore, each=ignore, prepare=None):
     """Run every cell that is not finished, on processors as many side by side as there are cores.
 
-    ``show`` gets what there is to do and how long it should take before anything starts, and how long it took;
-    ``each`` gets a line for every finished run. Raises the first error of a run, after the others have been stopped;
-    what was finished or saved stays.
+    ``show`` gets what there is to do, how long it should take and then took, ``each`` a line for every finished run;
+    ``prepare()`` registers what a user's files define in every process. The first error stops all; what is saved stays.
     """
-    folder = folder or home()
-    todo = missing(wanted, folder)
-    all_of = len({cell.experiment for cell in wanted})
+    folder, begun = folder or home(), time.monotonic()
+    todo, count = missing(wanted, folder), len({cell.experiment for cell in wanted})
     if not todo:
-        return show(f"{all_of} runs, all stored")
-    workers = workers_for(todo, device)
-    duration = _duration(estimate(wanted, device, folder))
-    show(f"{all_of} runs: {all_of - len(todo)} stored, {len(todo)} to do in about {duration}, {workers} at once")
-    begun = time.monotonic()
-    ended = _side_by_side(todo, workers, device, folder) if workers > 1 else _in_turn(todo, device, folder)
-    for experiment in ended:
-        each(_finished(experiment, folder))
+        return show(f"{count} runs, all stored")
+    workers, duration = workers_for(todo, device), _duration(estimate(wanted, device, folder))
+    show(f"{count} runs: {count - len(todo)} stored, {len(todo)} to do in about {duration}, {workers} at once")
+    in_turn = (_run(experiment, device, folder) for experiment in todo)
+    for line in in_turn if workers == 1 else side_by_side(todo, workers, device, folder, prepare):
+        each(line)
     show(f"done in {_duration(time.monotonic() - begun)}")
 
 
-def _in_turn(experiments: list[Experiment], device: str, folder: Path) -> Iterator[Experiment]:
-    for experiment in experiments:
-        _work(experiment, device, folder, torch.get_num_threads())
-        yield experiment
-
-
-def _side_by_side(experiments: list[Experiment], workers: int, device: str, folder: Path) -> Iterator[Experiment]:
-    """Each experiment in one of ``workers`` processes; yields it when it has ended, raises the first error."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+def side_by_side(todo: list[Experiment], workers: int, device: str, folder: Path, prepare=None) -> Iterator[str]:
+    """The closing line of each experiment, ``workers`` processes at once; the first error stops them all."""
+    others, threads = set(multiprocessing.active_children()), max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            futures = {pool.submit(_work, e, device, folder, threads): e for e in experiments}
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            for process in multiprocessing.active_children():
+            for job in as_completed([pool.submit(_job, e, device, folder, threads, prepare) for e in todo]):
+                yield job.result()
+        except BrokenExecutor:
+            raise LabError("A process of the sweep was killed, perhaps for lack of memory.") from None
+        finally:
+            for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
-            raise
 
 
-def _finished(experiment: Experiment, folder: Path) -> str:
-    e, results = experiment, Run.of(experiment, folder).results()
-    return f"{e.preset} {e.method} {e.operation} {e.start} window {e.window} seed {e.seed}: {results['seconds']:.0f} s"
+def _job(experiment: Experiment, device: str, folder: Path, threads: int, prepare) -> str:
+    """``_run`` in a process of its own; every error comes back as a plain LabError, which can be sent."""
+    torch.set_num_threads(threads)
+    try:
+        if prepare:
+            prepare()
+        return _run(experiment, device, folder)
+    except LabError as reason:
+        raise LabError(str(reason)) from None
+
+
+def _run(e: Experiment, device: str, folder: Path) -> str:
+    """Run one experiment; returns its closing line. What two processes need, one makes while the other waits."""
+    seconds = open_run(e, device, home=folder).results["seconds"]
+    return f"{e.preset} {e.method} {e.operation} {e.start} window {e.window} seed {e.seed}: {seconds:.0f} s"
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
-MEASURES = ("LA", "AIA", "recognition", "flow_loss", "seconds")
-
-
 def collect(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
-    """One line a cell: table, row, seed, PPC, MEASURES (NaN when not measured), device; unfinished ones have NaN."""
+    """One line a cell: table, row, method, seed, rate, device, PPC and MEASURES; NaN where nothing was measured."""
     lines = []
     for cell in wanted:
-        results = cell.run(folder).results() or {}
-        about = results.get("provenance", {})
-        line = {"table": cell.table, "row": cell.row, "method": cell.experiment.method, "seed": cell.experiment.seed}
-        line |= {name: results.get(name) for name in ("PPC", *MEASURES)} | {"device": about.get("device")}
-        lines.append(line | {"rate": None if cell.experiment.method in WHOLE_NETWORK else cell.experiment.adapter_rate})
-    frame = pd.DataFrame(lines)
-    return frame.astype(dict.fromkeys((*MEASURES, "PPC", "rate"), float))
+        e, results = cell.experiment, cell.run(folder).results() or {}
+        line = {"table": cell.table, "row": cell.row, "method": e.method, "seed": e.seed}
+        line["rate"] = METHODS[e.method].rate_of(e) if e.method in METHODS else None
+        line["device"] = results.get("provenance", {}).get("device")
+        lines.append(line | {name: results.get(name) for name in ("PPC", *MEASURES)})
+    return pd.DataFrame(lines).astype(dict.fromkeys((*MEASURES, "PPC", "rate"), float))
 
 
 def open_row(wanted: list[Cell], row: str, device: str = "auto") -> list[OpenRun]:
-    """The opened runs of one row, a seed each."""
     return [open_run(cell.experiment, device) for cell in wanted if cell.row == row]
 
 
-def summary(frame: pd.DataFrame, measures=MEASURES) -> pd.DataFrame:
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a row of a table: PPC, rate, n (finished seeds), and mean and standard deviation over seeds."""
     grouped = frame.groupby(["table", "row"], sort=False)
-    wide = grouped[list(measures)].agg(["mean", "std"])
-    wide.columns = [name if kind == "mean" else f"{name} sd" for name, kind in wide.columns]
     first = grouped.agg(PPC=("PPC", "first"), rate=("rate", "first"), n=("seconds", "count"))
-    return first.join(wide)
+    return first.join(grouped[list(MEASURES)].mean()).join(grouped[list(MEASURES)].std().add_suffix(" sd"))
+
+
+def cell_text(value: float, spread: float, n: int, digits: int = 1, scale: float = 1.0) -> str:
+    """``97.1 ± 0.4``; the mean alone for n = 1; what is missing is said in words."""
+    if not n or pd.isna(value):
+        return NOT_MEASURED if n else NOT_RUN
+    text = f"{scale * value:.{digits}f}"
+    return text if n == 1 or pd.isna(spread) else f"{text} ± {scale * spread:.{digits}f}"
+
+
+def readable(summary: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
+    """A summary as text: one line a row, its PPC, n, and every measure as mean ± standard deviation."""
+    lines = {}
+    for (_, row), line in summary.iterrows():
+        n = int(line["n"])
+        lines[row] = {"PPC": f"{line['PPC']:,.0f}" if n else NOT_RUN, "n": n}
+        for measure in measures:
+            heading, digits, scale = MEASURES[measure]
+            lines[row][heading] = cell_text(line[measure], line[f"{measure} sd"], n, digits, scale)
+    return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def paired(frame: pd.DataFrame, row: str, measure: str = "flow_loss") -> pd.DataFrame:
-    """How much more than ``row`` every other row has of a measure, seed by seed: mean, standard deviation, worst."""
+    """How much more than ``row`` every other row has of a measure, seed by seed: mean, standard deviation, least."""
     wide = frame.pivot(index="seed", columns="row", values=measure)
     more = wide.drop(columns=row).sub(wide[row], axis=0)
     return pd.DataFrame({"mean": more.mean(), "sd": more.std(), "least": more.min(), "n": more.count()})
 
 
-def describe(base: Experiment, seeds) -> str:
+def describe(base: Experiment, seeds: Sequence[int]) -> str:
     """One sentence that says what a notebook's numbers rest on."""
-    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    return (
-        "Preset {preset}: {base_channels} channels, {base_images:,} images for the base and {adapter_images:,} for "
-        "every later class, {samples_per_class} samples a class".format(**fields)
-        + f"; n = {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."
-    )
+    images = f"{base.base.images:,} images for the base and {base.adapter.images:,} for every later class"
+    about = f"Preset {base.preset}: {base.network.base_channels} channels, {images}, {base.samples_per_class} samples a"
+    return f"{about} class; n = {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."

@@ -1,1 +1,1 @@
-"""Live widgets over a run. ``page``, ``parts`` and the tabs import ipywidgets, the other files what they show."""
+"""Live widgets over a run: ``page``, ``panel`` and ``*_panel`` import ipywidgets, the other files what they show."""

@@ -1,6 +1,6 @@
 """HTML and SVG that notebooks, widgets and reports show alike: no network, no script, legible on light and dark.
 
-Colours come from JupyterLab's CSS variables, with fallbacks for a page that has none.
+Colours come from JupyterLab's CSS variables, with fallbacks for a page that has none. N images of C channels.
 """
 
 import base64
@@ -14,26 +14,22 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from funlora_lab.studies.plots import Drawing
+from funlora_lab.studies.plots import tile
 
+BLUE, ORANGE, GREY = "#2f83c4", "#d55e00", "#8a8a8a"
 STYLE = """<style>
-.funlora{color:var(--jp-content-font-color1,#222);font-family:var(--jp-content-font-family,system-ui,sans-serif);
- font-size:13px;line-height:1.45}
+.funlora{color:var(--jp-content-font-color1,#222);font:13px/1.45 var(--jp-content-font-family,system-ui,sans-serif)}
 .funlora table{border-collapse:collapse;margin:4px 0;color:inherit;font-size:inherit}
 .funlora th,.funlora td{padding:2px 9px;text-align:right;border-bottom:1px solid var(--jp-border-color2,#ccc)}
 .funlora .wide{overflow-x:auto}.funlora .wide td,.funlora .wide th{white-space:nowrap}
 .funlora th:first-child,.funlora td:first-child{text-align:left}
 .funlora table.sheet td,.funlora table.sheet th{border:0;padding:2px 6px;text-align:left;vertical-align:middle}
-.funlora img{border-radius:4px;vertical-align:middle}
-.funlora img.pixels{image-rendering:pixelated}
-.funlora img.figure{background:#fff;border-radius:8px;padding:4px;max-width:100%}
-.funlora-card{border-radius:8px}
-.funlora svg{max-width:100%;height:auto}
-.funlora svg text{fill:currentColor}
-.funlora .soft{color:var(--jp-content-font-color2,#555)}
+.funlora img{border-radius:4px;vertical-align:middle}.funlora img.pixels{image-rendering:pixelated}
+.funlora img.figure{background:#fff;border-radius:8px;padding:4px;max-width:100%}.funlora-card{border-radius:8px}
+.funlora svg{max-width:100%;height:auto}.funlora svg text{fill:currentColor}
+.funlora .soft{color:var(--jp-content-font-color2,#555)}.funlora .bad{background:#b34700}
 .funlora .badge{display:inline-block;border-radius:9px;padding:0 9px;color:#fff;font-weight:600}
-.funlora .good{background:#00704f}.funlora .bad{background:#b34700}
-.funlora .problem{border-left:4px solid #d55e00;padding:2px 9px}
+.funlora .good{background:#00704f}.funlora .problem{border-left:4px solid #d55e00;padding:2px 9px}
 </style>"""
 
 
@@ -46,62 +42,51 @@ class Markup:
     def __str__(self) -> str:
         return f'{STYLE}<div class="funlora">{self.html}</div>'
 
+    _repr_html_ = __str__
+
     def __repr__(self) -> str:
         return f"Markup of {len(self.html):,} characters"
-
-    def _repr_html_(self) -> str:
-        return str(self)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of bytes (H, W), (H, W, 1) or (H, W, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 and pixels.ndim == 3 else pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def data_address(content: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def pixels_of(html: str) -> list[np.ndarray]:
-    """The bytes of every PNG inside a piece of HTML, in order: the inverse of ``picture``."""
-    parts = html.split("data:image/png;base64,")[1:]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part.split('"')[0])))) for part in parts]
+def png_address(pixels: np.ndarray) -> str:
+    """The address of bytes (H, W, 1) or (H, W, 3) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return data_address(file.getvalue())
 
 
-def row_of_images(images: Tensor, gap: int = 1) -> np.ndarray:
-    """uint8 images (N, C, H, W) side by side with transparent-looking grey gaps -> (H, width, C)."""
-    N, C, H, W = images.shape
-    sheet = np.full((H, N * (W + gap) - gap, C), 128, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        sheet[:, i * (W + gap) : i * (W + gap) + W] = image
-    return sheet
+def row_of_images(images: Tensor) -> np.ndarray:
+    """uint8 images (N, C, H, W) side by side, grey columns between them -> (H, width, C)."""
+    pixels, W = tile(images.cpu(), len(images)), images.shape[-1]
+    pixels[:, W :: W + 1] = 128
+    return pixels
 
 
-def picture(pixels: np.ndarray, scale: float, words: str) -> str:
-    """An ``img`` of bytes shown ``scale`` times as large with sharp pixels; ``words`` describe it."""
-    H, W = pixels.shape[:2]
-    return (
-        f'<img class="pixels" alt="{escape(words)}" width="{round(W * scale)}" height="{round(H * scale)}" '
-        f'src="{data_address(png(pixels))}">'
-    )
-
-
-def scale_for(images: Tensor) -> float:
+def scale_of(images: Tensor) -> float:
     """Screen pixels a pixel, so that small images are still seen well."""
     return max(1.0, 40 / images.shape[-1])
 
 
+def picture(images: Tensor, words: str) -> str:
+    """uint8 images (N, C, H, W) side by side with sharp pixels as an ``img``; ``words`` describe it."""
+    pixels = row_of_images(images)
+    height, width = (round(side * scale_of(images)) for side in pixels.shape[:2])
+    return f'<img class="pixels" alt="{escape(words)}" width="{width}" height="{height}" src="{png_address(pixels)}">'
+
+
 def sheet(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
     """A table without lines; the cells are HTML already."""
-    head = f"<tr>{''.join(f'<th>{cell}</th>' for cell in heads)}</tr>" if heads else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<table class="sheet">{head}{body}</table>'
+    lines = [[f"<th>{cell}</th>" for cell in heads], *([f"<td>{cell}</td>" for cell in row] for row in rows)]
+    return '<table class="sheet"><tr>' + "</tr><tr>".join("".join(line) for line in lines if line) + "</tr></table>"
 
 
-def table(frame: pd.DataFrame, digits: int = 4) -> str:
-    """A data frame as an HTML table that scrolls sideways; numbers with ``digits`` decimals, missing ones as a dash."""
+def table(frame: pd.DataFrame | dict, digits: int = 4) -> str:
+    """A data frame, or one column, as an HTML table; numbers with ``digits`` decimals, missing ones as a dash."""
+    frame = pd.DataFrame({"": frame}) if isinstance(frame, dict) else frame
     html = frame.to_html(border=0, float_format=f"{{:.{digits}f}}".format, na_rep="–", index_names=False)
     return f'<div class="wide">{html}</div>'
 
@@ -110,14 +95,8 @@ def badge(good: bool, words: str) -> str:
     return f'<span class="badge {"good" if good else "bad"}">{escape(words)}</span>'
 
 
-def problem(sentence: object) -> Markup:
-    """A sentence that says what went wrong."""
-    return Markup(f'<div class="problem">{escape(str(sentence))}</div>')
-
-
-def figure(drawn: Drawing, words: str = "") -> str:
-    """A drawing as an ``img`` on a white card."""
-    return f'<img class="figure" alt="{escape(words)}" src="{data_address(drawn.png())}">'
+def problem(sentence: object) -> str:
+    return str(Markup(f'<div class="problem">{escape(str(sentence))}</div>'))
 
 
 def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") -> np.ndarray:
@@ -126,32 +105,30 @@ def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") 
     return matplotlib.colormaps[name](share.clip(0, 1), bytes=True)[..., :3]
 
 
-def svg(width: float, height: float, parts: Sequence[str], words: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(words)}" font-size="12">'
-        f"{''.join(parts)}</svg>"
-    )
+def svg(width: float, height: float, parts: Sequence[str], words: str) -> Markup:
+    size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+    about = f'role="img" aria-label="{escape(words)}" font-size="12"'
+    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>')
+
+
+def element(name: str, inside: str = "", **attributes: str | float) -> str:
+    """An SVG element; lengths are rounded to a tenth of a pixel, and ``_`` in an attribute's name stands for ``-``."""
+    shown = ((key.replace("_", "-"), a if isinstance(a, str) else f"{a:.1f}") for key, a in attributes.items())
+    words = " ".join(f'{key}="{value}"' for key, value in shown)
+    return f"<{name} {words}>{inside}</{name}>"
 
 
 def svg_text(x: float, y: float, words: str, anchor: str = "start", size: float = 12, weight: str = "normal") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size:g}" font-weight="{weight}">'
-        f"{escape(words)}</text>"
-    )
+    return element("text", escape(words), x=x, y=y, text_anchor=anchor, font_size=size, font_weight=weight)
 
 
 def svg_image(x: float, y: float, width: float, height: float, pixels: np.ndarray) -> str:
     """Bytes stretched over a rectangle with sharp pixels."""
-    return (
-        f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" preserveAspectRatio="none" '
-        f'style="image-rendering:pixelated" href="{data_address(png(pixels))}"/>'
-    )
+    how = {"preserveAspectRatio": "none", "style": "image-rendering:pixelated", "href": png_address(pixels)}
+    return element("image", x=x, y=y, width=width, height=height, **how)
 
 
 def svg_box(x: float, y: float, width: float, height: float, colour: str, words: str = "", edge: str = "none") -> str:
     """A rectangle with a tooltip; ``edge`` is the colour of its outline."""
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{colour}" '
-        f'stroke="{edge}" stroke-width="{0 if edge == "none" else 2.5}"><title>{escape(words)}</title></rect>'
-    )
+    look = {"rx": 2, "fill": colour, "stroke": edge, "stroke_width": 0 if edge == "none" else 2.5}
+    return element("rect", f"<title>{escape(words)}</title>", x=x, y=y, width=width, height=height, **look)

@@ -1,9 +1,6 @@
-"""A run as one HTML page that needs no network: its results, figures, certificate, settings and provenance.
+"""A run as one HTML page (no script, no link, no network): results, figures, certificate, settings, provenance."""
 
-Everything is inside the file (pictures as data, no script, no link), so it can be mailed and opened anywhere.
-"""
-
-import dataclasses
+import shlex
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -11,13 +8,16 @@ from pathlib import Path
 import pandas as pd
 
 from funlora_lab import __version__
-from funlora_lab.certificate import verify
-from funlora_lab.config import Experiment
-from funlora_lab.disk import write_atomically
+from funlora_lab.continual import OpenRun, average_accuracies
 from funlora_lab.errors import LabError
-from funlora_lab.opened import OpenRun
-from funlora_lab.studies import pictures
-from funlora_lab.workbench import markup, panels, runs
+from funlora_lab.experiment import shown
+from funlora_lab.presets import PRESETS
+from funlora_lab.store import write_atomically
+from funlora_lab.studies import keep
+from funlora_lab.studies.verification import verify
+from funlora_lab.workbench import markup
+from funlora_lab.workbench.layers import AdaptedLayers
+from funlora_lab.workbench.runs import arguments, measured
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -28,134 +28,92 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme:dark){{
  :root{{--jp-content-font-color1:#eee;--jp-content-font-color2:#bbb;--jp-border-color2:#555}}body{{background:#151515}}}}
 body{{max-width:1000px;margin:24px auto;padding:0 16px}} h1{{font-size:22px}} h2{{font-size:17px;margin-top:28px}}
-pre{{white-space:pre-wrap}} .funlora{{font-size:14px}} .wide{{overflow-x:auto}}
-</style></head><body>{body}</body></html>
+.funlora{{font-size:14px}}</style></head><body>{body}</body></html>
 """
 
+TITLES = {"samples": "Real images and samples", "confusion": "Confusion after the last task"}
+SUMMARY = {
+    "LA": "LA, accuracy over all classes after the last task",
+    "AIA": "AIA, its mean over the tasks",
+    "own_LA": "LA of the system's own classifier",
+    "own_AIA": "AIA of the system's own classifier",
+    "upper_bound_real": "upper bound: the classifier trained on all real images",
+    "recognition": "recognition of new classes' samples by a classifier of real images",
+    "flow_loss": "flow loss on held-out images of new classes",
+}
 
-def write(opened: OpenRun, path: Path | None = None) -> Path:
+
+def write(run: OpenRun, path: Path | None = None) -> Path:
     """Write the report of a finished run (default: ``report.html`` in its folder); returns its path."""
-    path = path or opened.run.folder / "report.html"
+    path = path or run.run.folder / "report.html"
     if not path.parent.is_dir():
         raise LabError(f"Cannot write {path}: there is no folder {path.parent}.")
-    write_atomically(path, page(opened).encode())
+    write_atomically(path, page(run).encode())
     return path
 
 
-def page(opened: OpenRun) -> str:
-    """The whole page as text."""
-    e = opened.experiment
-    title = f"{e.preset}, {e.method}, seed {e.seed}"
-    parts = [
-        f"<h1>FunLoRA run: {escape(title)}</h1>",
-        f'<p class="soft">{escape(opened.run.folder.name)}</p>',
-        _section("Results", markup.table(summary(opened))),
-        _section("Accuracy after every task", markup.table(accuracy_table(opened))),
-        _section("Classes", markup.table(class_table(opened))),
-    ]
-    parts += [_section(words, markup.figure(drawn, words)) for words, drawn in _figures(opened)]
-    if opened.learner is not None and getattr(opened.learner, "rows", None) and opened.adapters.layers:
-        heatmap = panels.layer_heatmap(opened, "change of the weights")
-        parts.append(_section("What the adapters change", f'<div class="wide">{heatmap.html}</div>'))
-    parts += [
-        _section("Certificate of no forgetting", certificate(opened)),
-        _section("Settings", _settings(e)),
-        _section("Provenance", markup.table(provenance(opened))),
-        f'<p class="soft">Written by funlora-lab {__version__} on '
-        f"{datetime.now(UTC).isoformat(sep=' ', timespec='seconds')}.</p>",
-    ]
-    return PAGE.format(title=escape(title), body=str(markup.Markup("".join(parts))))
+def page(run: OpenRun) -> str:
+    e, r, made = run.experiment, run.results, dict(run.results["provenance"])
+    title, now = f"{e.preset}, {e.method}, seed {e.seed}", datetime.now(UTC).isoformat(" ", "seconds")
+    summary = {words: measured(r[name]) for name, words in SUMMARY.items() if name in r}
+    summary["numbers learned for one class (PPC)"] = f"{r['PPC']:,}"
+    summary["seconds of training, sampling and classifiers"] = f"{r['seconds']:.1f}"
+    sections = {"Results": markup.table(summary), "Accuracy after every task": markup.table(accuracy_table(run))}
+    sections["Classes"] = markup.table(class_table(run))
+    for name, drawn in keep.pictures(run).items():
+        words = TITLES.get(name, name.capitalize())
+        sections[words] = f'<img class="figure" alt="{escape(words)}" src="{markup.data_address(drawn.png())}">'
+    if run.generator.rows:
+        try:
+            sections["What the adapters change"] = AdaptedLayers(run).heatmap("change of the weights").html
+        except LabError as reason:
+            sections["What the adapters change"] = f"<p>{escape(str(reason))}</p>"
+    command = shlex.join(["funlora", *arguments(e)]) if e.preset in PRESETS else "no preset of this name is known here"
+    settings = markup.table({name: shown(value) for name, value in e.flat.items()})
+    sections["Certificate of no forgetting"] = certificate(run)
+    sections["Settings"] = f"<p><code>{escape(command)}</code></p><details><summary>all</summary>{settings}</details>"
+    sections["Provenance"] = markup.table({name: str(v) for name, v in (made | made.pop("versions", {})).items()})
+    parts = [f"<h2>{escape(name)}</h2><div class='wide'>{html}</div>" for name, html in sections.items()]
+    head = f'<h1>FunLoRA run: {escape(title)}</h1><p class="soft">{escape(run.run.folder.name)}</p>'
+    foot = f'<p class="soft">Written by funlora-lab {__version__} on {now}.</p>'
+    return PAGE.format(title=escape(title), body=str(markup.Markup("".join([head, *parts, foot]))))
 
 
-def _section(title: str, html: str) -> str:
-    return f"<h2>{escape(title)}</h2>{html}"
+def accuracy_table(run: OpenRun) -> pd.DataFrame:
+    """a_{k,j} of Eq. 22: one line a task k, one column a task j, and their mean A_k; nan where nothing was scored."""
+    matrix, names = run.results["accuracy"], [" ".join(run.classes[cls] for cls in classes) for classes in run.tasks]
+    short = [name if len(name) < 25 else f"{len(task)} classes" for name, task in zip(names, run.tasks, strict=True)]
+    heads = [f"{k}: {name}" for k, name in enumerate(short, 1)]
+    lines = [dict(zip(heads, line or (), strict=False)) for line in matrix]
+    frame = pd.DataFrame(lines, [f"after task {k}" for k in range(1, len(lines) + 1)], heads, float)
+    return frame.assign(mean=pd.Series(average_accuracies(matrix), frame.index, float))
 
 
-def _figures(opened: OpenRun):
-    titles = {
-        "samples": "Real images and samples",
-        "losses": "Losses",
-        "accuracy": "Accuracy",
-        "confusion": "Confusion after the last task",
-    }
-    for name, drawn in pictures.figures(opened).items():
-        yield titles.get(name, name.replace("_", " ").capitalize()), drawn
+def class_accuracies(run: OpenRun) -> dict[str, float]:
+    """The run's closing accuracy on the real test images of each class, by name; nan where it was not scored."""
+    counts = run.results["confusion"]
+    return {name: counts[i][i] / (sum(counts[i]) or float("nan")) for i, name in enumerate(run.classes)}
 
 
-def summary(opened: OpenRun) -> pd.DataFrame:
-    """The closing numbers, one line each."""
-    r = opened.results
-    lines = {
-        "LA, accuracy over all classes after the last task": r["LA"],
-        "AIA, its mean over the tasks": r["AIA"],
-        "upper bound: the classifier trained on all real images": r["upper_bound_real"],
-        "recognition of new classes' samples by a classifier of real images": r["recognition"],
-        "flow loss on held-out images of new classes": r["flow_loss"],
-        "numbers learned for one class (PPC)": f"{r['PPC']:,}",
-        "seconds of training, sampling and classifiers": f"{r['seconds']:.1f}",
-    }
-    shown = {
-        name: "not measured" if v is None else v if isinstance(v, str) else f"{v:.4f}" for name, v in lines.items()
-    }
-    return pd.DataFrame({"": shown})
-
-
-def accuracy_table(opened: OpenRun) -> pd.DataFrame:
-    """a_{k,j} of Eq. 22: one line a task k, one column a task j, and their mean A_k."""
-    tasks = range(len(opened.tasks))
-    matrix = [[line[j] if j < len(line) else None for j in tasks] for line in opened.results["accuracy"]]
-    names = [" ".join(opened.classes[cls] for cls in classes) for classes in opened.tasks]
-    heads = [
-        f"{j}: {name if len(name) < 25 else f'{len(opened.tasks[j - 1])} classes'}" for j, name in enumerate(names, 1)
-    ]
-    frame = pd.DataFrame(matrix, index=[f"after task {k + 1}" for k in range(len(matrix))], columns=heads)
-    return frame.assign(mean=opened.averages)
-
-
-def class_table(opened: OpenRun) -> pd.DataFrame:
+def class_table(run: OpenRun) -> pd.DataFrame:
     """One line a class: task, closing accuracy, recognition and held-out flow loss."""
-    r = opened.results
-    lines = {}
-    for k, classes in enumerate(opened.tasks, 1):
-        for cls in classes:
-            counts = r["confusion"][cls]
-            lines[opened.classes[cls]] = {
-                "task": k,
-                "accuracy": counts[cls] / max(sum(counts), 1),
-                "recognition of samples": r["recognition_per_class"].get(str(cls)),
-                "flow loss": r["flow_loss_per_class"].get(str(cls)),
-            }
-    return pd.DataFrame.from_dict(lines, orient="index")
+    tasks = {run.classes[cls]: k for k, classes in enumerate(run.tasks, 1) for cls in classes}
+    frame = pd.DataFrame({"task": tasks, "accuracy": class_accuracies(run)}, tasks)
+    names = {"recognition of samples": "recognition_per_class", "flow loss": "flow_loss_per_class"}
+    found = {words: {run.classes[int(c)]: v for c, v in run.results[name].items()} for words, name in names.items()}
+    return frame.assign(**{words: pd.Series(values, dtype=float) for words, values in found.items()})
 
 
-def certificate(opened: OpenRun) -> str:
+def certificate(run: OpenRun) -> str:
     """What verifying the run finds now: a badge, and what is unchanged class by class and task by task."""
-    taken = [event for event in opened.events if event["event"] == "certificate"]
+    taken = [event for event in run.events if event["event"] == "certificate"]
     if not taken:
         return "<p>This run stored no certificate.</p>"
     try:
-        found = verify(opened.run, opened.runtime.device)
+        found = verify(run.run, run.runtime.device)
     except LabError as reason:
-        return str(markup.problem(reason))
+        return markup.problem(reason)
     words = f"{len(found.compared)} comparisons, nothing changed" if found.unchanged else "something changed"
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in found.notes + found.sentences())
-    network = taken[-1]["backbone"]["sha256"]
-    return (
-        f"<p>{markup.badge(found.unchanged, words)}</p>{markup.table(found.table())}{said}"
-        f"<p>SHA-256 of the frozen network: <code>{network}</code></p>"
-    )
-
-
-def _settings(experiment: Experiment) -> str:
-    command = "funlora run " + " ".join(runs.words(experiment))
-    frame = pd.DataFrame({"": {k: str(v) for k, v in dataclasses.asdict(experiment).items()}})
-    return (
-        f"<p><code>{escape(command)}</code></p><details><summary>all settings</summary>{markup.table(frame)}</details>"
-    )
-
-
-def provenance(opened: OpenRun) -> pd.DataFrame:
-    """Where, when and with what the run was made."""
-    made = dict(opened.results["provenance"])
-    versions = made.pop("versions", {})
-    return pd.DataFrame({"": {k: str(v) for k, v in (made | versions).items()}})
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in found.notes + found.sentences())
+    network = f"<p>SHA-256 of the frozen network: <code>{taken[-1]['backbone']['sha256']}</code></p>"
+    return f"<p>{markup.badge(found.unchanged, words)}</p>{markup.table(found.table())}{sentences}{network}"

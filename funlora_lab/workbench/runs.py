@@ -1,11 +1,8 @@
 """The stored runs as one table, and runs as processes of their own: started, watched, stopped and resumed.
 
-A run in another process never blocks the notebook that started it, and goes on when that notebook is closed; SIGTERM
-makes it save and leave, and the same settings resume it.
+A run goes on when the notebook that started it is closed; SIGTERM makes it save and leave, the same settings resume it.
 """
 
-import dataclasses
-import json
 import os
 import signal
 import socket
@@ -16,169 +13,96 @@ from pathlib import Path
 
 import pandas as pd
 
-from funlora_lab.config import Experiment
-from funlora_lab.disk import locked, read_lines
 from funlora_lab.errors import LabError
-from funlora_lab.presets import PRESETS
-from funlora_lab.store import Run, home
+from funlora_lab.experiment import Experiment, shown
+from funlora_lab.presets import preset
+from funlora_lab.store import Run, in_use, listing
+from funlora_lab.training import Event
 
-COLUMNS = (
-    "run",
-    "preset",
-    "method",
-    "seed",
-    "state",
-    "LA",
-    "AIA",
-    "PPC",
-    "recognition",
-    "flow_loss",
-    "seconds",
-    "started",
-)
-STATES = ("finished", "running", "unfinished", "other version")
+NUMBERS = ["seed", "LA", "AIA", "PPC", "recognition", "flow_loss", "seconds"]
+COLUMNS = ["run", "preset", "method", "seed", "state", *NUMBERS[1:], "started"]
 
 
-def in_use(folder: Path) -> bool:
-    """Whether some process is working on the run in ``folder`` at this moment."""
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        with locked(folder, patience=0):
-            return False
-    except LabError:
-        return True
-
-
-def table(where: Path | None = None) -> pd.DataFrame:
-    """Every run stored under ``where`` (default: ``home()``): settings, state and results, newest first."""
+def table(where: Path | None = None, text="", state="", by="started", descending=True) -> pd.DataFrame:
+    """The runs under ``where`` (default: ``home()``) in one state, whose names hold every word of ``text``, sorted."""
     lines = []
-    for config in sorted((where or home()).glob("*/config.json")):
-        try:
-            stored = json.loads(config.read_text())
-            settings, started = stored["experiment"], stored["provenance"].get("started", "")
-            results = json.loads((config.parent / "results.json").read_text()) if _finished(config.parent) else {}
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            continue  # no run of this package
-        state = "finished" if results else "running" if in_use(config.parent) else "unfinished"
-        if settings.keys() != {field.name for field in dataclasses.fields(Experiment)}:
-            state = "other version"
-        line = {name: settings.get(name) for name in ("preset", "method", "seed")}
-        line |= {"run": config.parent.name, "state": state, "started": started[:16].replace("T", " ")}
-        lines.append(line | {name: results.get(name) for name in COLUMNS[5:11]})
-    frame = pd.DataFrame(lines, columns=list(COLUMNS)).astype({"seed": "Int64", "PPC": "Int64"})
-    return frame.sort_values("started", ascending=False, kind="stable").reset_index(drop=True)
+    for run in listing(where):
+        if state in ("", run["state"]) and all(word.casefold() in run["name"].casefold() for word in text.split()):
+            about = {"run": run["name"], "state": run["state"], "started": run["started"][:16].replace("T", " ")}
+            lines.append((run["settings"] or {}) | (run["results"] or {}) | about)
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric, errors="coerce")
+    frame = frame.astype({"seed": "Int64", "PPC": "Int64"})
+    return frame.sort_values(by, ascending=not descending, kind="stable").reset_index(drop=True)
 
 
-def _finished(folder: Path) -> bool:
-    return (folder / "results.json").exists()
+def measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
 
 
-def chosen(
-    frame: pd.DataFrame, text: str = "", state: str = "", by: str = "started", down: bool = True
-) -> pd.DataFrame:
-    """Runs whose name holds every word of ``text``, of one state (empty: any), sorted by a column."""
-    for word in text.split():
-        frame = frame[frame["run"].str.contains(word, case=False, regex=False)]
-    if state:
-        frame = frame[frame["state"] == state]
-    return frame.sort_values(by, ascending=not down, kind="stable").reset_index(drop=True)
+def scores(results: dict) -> str:
+    return f"LA {measured(results['LA'])}, AIA {measured(results['AIA'])}"
 
 
-def accuracies(run: Run) -> list[float]:
-    """A_k of Eq. 22 after every task finished so far."""
-    return [event["average"] for event in run.events() if event["event"] == "accuracy"]
-
-
-def losses(run: Run, stage: str) -> pd.DataFrame:
-    """(images, loss) of ``base``, ``adapter`` (its classes averaged) or ``classifier`` so far."""
-    events = [event for event in run.events() if event["event"] == "loss" and event["stage"] == stage]
-    frame = pd.DataFrame(events, columns=["images", "loss"])
-    return frame.groupby("images", as_index=False)["loss"].mean()
+def described(event: Event) -> tuple[float, str]:
+    """(share of the present training or drawing that is done, a sentence) of one event of a run."""
+    match event["event"]:
+        case "loss":
+            what = f"adapter of class {event['class']}" if "class" in event else f"the {event['stage']}"
+            sentence = f"Training {what}, step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}."
+            return event["step"] / event["steps"], sentence
+        case "samples":
+            return event["drawn"] / event["of"], f"Drawing class {event['class']}: {event['drawn']} of {event['of']}."
+        case "accuracy":
+            return event["task"] / event["of"], f"Task {event['task']} of {event['of']}: {event['average']:.4f}."
+    return 0.0, "Working."
 
 
 def progress(run: Run) -> tuple[float, str]:
     """(share of the run that is done, roughly, in [0, 1]; a sentence that says where it stands)."""
     if results := run.results():
-        return 1.0, f"Finished: LA {results['LA']:.4f}, AIA {results['AIA']:.4f}."
-    events = read_lines(run.log_file)
-    tasks = next((len(event["tasks"]) for event in events if event["event"] == "run"), 0)
-    if not tasks:
+        return 1.0, f"Finished: {scores(results)}."
+    events = run.events()
+    if not events:
         return 0.0, "Starting."
-    done, now = 0, None
-    for event in events:
-        if event["event"] == "accuracy":
-            done, now = done + 1, None
-        elif event["event"] == "loss":
-            now = event
-    if now is None:
-        return done / tasks, f"Task {min(done + 1, tasks)} of {tasks}."
-    within = now["step"] / now["steps"]
-    within = 0.6 + 0.4 * within if now["stage"] == "classifier" and done + 1 < tasks else 0.6 * within
-    what = f"adapter of class {now['class']}" if "class" in now else now["stage"]
-    sentence = f"Task {done + 1} of {tasks}: {what}, step {now['step']:,} of {now['steps']:,}, loss {now['loss']:.4f}."
-    return min(1.0, (done + within) / tasks), sentence
+    tasks, done = len(events[0]["tasks"]), sum(event["event"] == "accuracy" for event in events)
+    last = next((event for event in reversed(events) if event["event"] in ("accuracy", "loss")), {})
+    share, sentence = described(last) if last.get("event") == "loss" else (0.0, "")
+    judged = last.get("stage") == "classifier" and done + 1 < tasks
+    share = min(1.0, (done + (0.6 + 0.4 * share if judged else 0.6 * share)) / tasks)
+    return share, f"Task {min(done + 1, tasks)} of {tasks}. {sentence}".strip()
 
 
-def words(experiment: Experiment) -> list[str]:
-    """The arguments of ``funlora run`` that give this experiment: its preset and every setting that differs."""
-    base = PRESETS[experiment.preset]
-    settings = []
-    for field in dataclasses.fields(Experiment):
-        value = getattr(experiment, field.name)
-        if field.name != "preset" and value != getattr(base, field.name):
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            settings += ["--set", f"{field.name}={shown}"]
-    return [experiment.preset, *settings]
+def arguments(experiment: Experiment) -> list[str]:
+    """What follows ``funlora`` on the command line that gives this experiment: its preset and all that differs."""
+    settings = experiment.unlike(preset(experiment.preset)).items()
+    return ["run", experiment.preset, *(w for name, value in settings for w in ("--set", f"{name}={shown(value)}"))]
 
 
-@dataclasses.dataclass
-class Started:
-    """A run in a process of its own."""
+class Started(subprocess.Popen):
+    """A run in a process of its own, begun or resumed under ``where``; terminate() stops it."""
 
-    run: Run
-    process: subprocess.Popen
-    said: object  # the file that takes what the process writes
+    def __init__(self, experiment: Experiment, where: Path, device: str):
+        self.run, self.complaints = Run.of(experiment, where), tempfile.TemporaryFile()
+        if in_use(self.run.folder):
+            raise LabError(f"The run {self.run.folder.name} is already running.")
+        words = [sys.executable, "-m", "funlora_lab", *arguments(experiment), "--device", device]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.complaints}
+        super().__init__(words, env=os.environ | {"FUNLORA_HOME": str(where)}, start_new_session=True, **streams)
 
     @property
     def going(self) -> bool:
-        return self.process.poll() is None
+        return self.poll() is None
 
-    def stop(self) -> None:
-        """Ask it to save and leave; it answers within a training step."""
-        if self.going:
-            self.process.terminate()
-
-    def last_words(self) -> str:
-        """Why it ended, in its own words: empty when it finished."""
-        if not self.process.poll():
+    def reason(self) -> str:
+        """Why it ended, as it wrote itself; empty when it finished or is going."""
+        if not self.poll():
             return ""
-        if self.process.returncode == -signal.SIGTERM:
+        if self.returncode == -signal.SIGTERM:
             return "Stopped before its first step; the same settings start it."
-        self.said.seek(0)
-        lines = [line.strip() for line in self.said.read().decode(errors="replace").splitlines() if line.strip()]
-        said = lines[-1].removeprefix("funlora: ") if lines else ""
-        return said or f"The process ended with status {self.process.returncode}."
-
-
-def start(experiment: Experiment, where: Path | None = None, device: str = "auto") -> Started:
-    """Run (or resume) an experiment in another process, under ``where`` (default: ``home()``)."""
-    where = where or home()
-    run = Run.of(experiment, where)
-    if in_use(run.folder):
-        raise LabError(f"The run {run.folder.name} is already running.")
-    said = tempfile.TemporaryFile()
-    command = [sys.executable, "-m", "funlora_lab", "run", *words(experiment), "--device", device]
-    surroundings = os.environ | {"FUNLORA_HOME": str(where)}
-    process = subprocess.Popen(
-        command,
-        env=surroundings,
-        stdout=subprocess.DEVNULL,
-        stderr=said,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    return Started(run, process, said)
+        self.complaints.seek(0)
+        *_, last = "", *filter(str.strip, self.complaints.read().decode(errors="replace").splitlines())
+        return last.strip().removeprefix("funlora: ") or f"The process ended with status {self.returncode}."
 
 
 def stop(run: Run) -> None:

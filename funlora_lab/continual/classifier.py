@@ -1,0 +1,124 @@
+"""The classifiers that score a generator: trained on its samples alone, tested on real images.
+
+Letters: B images, C channels, K classes.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from funlora_lab.data import Images, to_floats
+from funlora_lab.experiment import Experiment
+from funlora_lab.seeds import Shuffle, seeded, stream
+from funlora_lab.store import Artefact
+from funlora_lab.systems import Context, Source, sample_artefact
+from funlora_lab.training import Plan, Trainer, autocast, prepared, send
+
+
+def build(experiment: Experiment, classes: int, *key: str | int) -> nn.Module:
+    """A fresh classifier with ``classes`` outputs; its first weights depend on the seed and ``key`` alone."""
+    with seeded(experiment.seed, "classifier weights", *key):
+        if experiment.classifier.kind == "resnet18":
+            net = resnet18(num_classes=classes)
+            net.conv1 = nn.Conv2d(experiment.channels, 64, 3, padding=1, bias=False)  # small images: no early shrinking
+            net.maxpool = nn.Identity()
+            return net
+
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        return nn.Sequential(
+            *block(experiment.channels, 32),
+            *block(32, 64),
+            nn.MaxPool2d(2),
+            *block(64, 128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(128, classes),
+        )
+
+
+def augment(pixels: Tensor, experiment: Experiment, generator: torch.Generator) -> Tensor:
+    """Random crops (after padding) and random mirroring of uint8 images (B, C, H, W) -> floats of the same shape."""
+    x = to_floats(pixels)
+    B, _, H, W = x.shape
+    if experiment.flip:
+        mirrored = torch.rand(B, generator=generator, device=x.device) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    if pad := experiment.classifier.crop:
+        x = F.pad(x, (pad, pad, pad, pad), value=-1.0)
+        top = torch.randint(0, 2 * pad + 1, (B, 1, 1), generator=generator, device=x.device)
+        left = torch.randint(0, 2 * pad + 1, (B, 1, 1), generator=generator, device=x.device)
+        rows = top + torch.arange(H, device=x.device)[None, :, None]
+        columns = left + torch.arange(W, device=x.device)[None, None, :]
+        images = torch.arange(B, device=x.device)[:, None, None]
+        x = x[images, :, rows, columns].permute(0, 3, 1, 2)
+    return x
+
+
+def train_classifier(
+    context: Context, classes: list[int], images: Images, origin: dict
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Train a classifier of ``classes`` from scratch on ``images`` and let it label the real test images.
+
+    Returns (network, predicted classes of the test images of ``classes``, their true classes). ``origin`` says in the
+    artefact's key where the images come from.
+    """
+    e = context.experiment
+    settings = dataclasses.asdict(e.classifier) | {"image_size": e.image_size, "channels": e.channels}
+    inputs = {"origin": origin, "classes": classes, "settings": settings}
+    artefact = context.store.artefact("classifier", **context.inputs, **inputs)
+    net = prepared(build(e, len(classes), len(classes)), context.runtime.device, "off")
+    context.ready(artefact, lambda: _fit(context, artefact, net, classes, images))
+    tensors, facts = artefact.result()
+    predicted, true = tensors.pop("predicted"), tensors.pop("true")
+    net.load_state_dict(tensors)
+    context.seconds[artefact.key] = facts["seconds"]
+    return net.eval(), predicted, true
+
+
+def _fit(context: Context, artefact: Artefact, net: nn.Module, classes: list[int], images: Images) -> None:
+    e, device, settings = context.experiment, context.runtime.device, context.experiment.classifier
+    position = torch.full((max(classes) + 1,), -1)
+    position[torch.tensor(classes)] = torch.arange(len(classes))
+    local = Images(images.pixels.to(device), position[images.labels].to(device))
+    batch = min(settings.batch, len(images))
+    steps = settings.epochs * -(-len(images) // batch)
+    shuffle = Shuffle(len(images), e.seed, "classifier order", len(classes))
+    parameters = dict(net.named_parameters())
+    rate, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
+    optimizer = torch.optim.SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+    def loss_at(step: int) -> Tensor:
+        net.train()
+        order = send(shuffle.batch(step, batch), device)
+        with autocast(e.precision, device):
+            generator = stream(e.seed, "augment", "classifier", len(classes), step, device=device)
+            return F.cross_entropy(net(augment(local.pixels[order], e, generator)), local.labels[order])[None]
+
+    plan = Plan(steps, batch, rate, "one-cycle", log_every=e.log_every)
+    labels, buffers = [{"stage": "classifier", "classes": len(classes)}], dict(net.named_buffers())
+    _, facts = Trainer(artefact, plan, optimizer, parameters, loss_at, context.runtime, labels, buffers).fit()
+    test = context.dataset.test.of(classes)
+    predicted = torch.tensor(classes)[predict(net, test.pixels)]
+    artefact.finish(dict(net.state_dict()) | {"predicted": predicted, "true": test.labels}, **facts)
+
+
+def synthetic(context: Context, sources: dict[int, Source], samples: dict[int, Tensor]) -> tuple[Images, dict]:
+    """(samples of several classes as one training set, what a classifier's key says of their origin)."""
+    labels = torch.cat([torch.full((len(samples[cls]),), cls) for cls in sources])
+    images = Images(torch.cat([samples[cls] for cls in sources]), labels)
+    keys = {str(cls): sample_artefact(context, source, cls).key for cls, source in sources.items()}
+    return images, {"samples": keys, "count": context.experiment.samples_per_class}
+
+
+@torch.no_grad()
+def predict(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
+    """The most likely output of each uint8 image (N, C, H, W) -> (N,), on the CPU."""
+    net.eval()
+    device = next(net.parameters()).device
+    parts = [net(to_floats(part.to(device))).argmax(1).cpu() for part in pixels.split(batch)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -1,0 +1,214 @@
+"""A finished run, opened for reading: what notebooks, pictures, exports and widgets ask of it.
+
+``open_run(experiment)`` trains whatever is missing of a run; ``open_folder(run)`` opens one by its folder or name.
+"""
+
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor, nn
+
+from funlora_lab.adapters import Adapters, Row
+from funlora_lab.continual import class_files
+from funlora_lab.continual.classifier import train_classifier
+from funlora_lab.continual.loop import prepare, run
+from funlora_lab.errors import LabError
+from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
+from funlora_lab.store import Run, fingerprint, locked, write_atomically
+from funlora_lab.systems import Context, Generator, Source, draw, generator_of
+from funlora_lab.training import Event, Report, Runtime, pick_device
+
+
+class OpenRun:
+    """The results, log, weights and samples of one finished run, each read when first asked for."""
+
+    def __init__(self, run: Run, runtime: Runtime, read_only: bool = False):
+        self.run, self.runtime, self.experiment, self.read_only = run, runtime, run.experiment, read_only
+        self._imported: dict[int, str] = {}
+
+    results = cached_property(lambda self: self.run.results())
+
+    def summary(self) -> dict:
+        """The closing results with their provenance, as kept beside the figures: no paths, no per-class detail."""
+        names = "preset method seed LA AIA PPC recognition flow_loss seconds provenance".split()
+        return {name: self.results[name] for name in names}
+
+    events = cached_property(lambda self: self.run.events())
+
+    @cached_property
+    def context(self) -> Context:
+        """LabError unless a method of the user's own is registered, in the words the run was made with."""
+        file, method = self.run.folder / "method.py", self.experiment.method
+        if file.exists() and file.read_text() != REGISTERED_TEXTS.get(method):
+            raise LabError(
+                f"{self.run.folder.name} was made with a method of its own, {method}, which is not registered as it "
+                f"was then: its text is in {file}; register it first (on the command line --with FILE)."
+            )
+        return prepare(self.experiment, self.runtime, self.run.folder.parent, self.read_only)[0]
+
+    classes = property(lambda self: self.context.dataset.classes)  # names, by index
+    tasks = property(lambda self: self.context.tasks)  # the classes of every task, by index
+    network = property(lambda self: self.generator.net)
+
+    def generator_after(self, task: int) -> Generator:
+        """The generator as it stood after task ``task`` (from 1)."""
+        generator = generator_of(self.context)
+        for earlier in range(task):
+            generator.learn(earlier)
+        return generator
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The generator after the last task, without the classes removed since and with those imported."""
+        generator = self.generator_after(len(self.tasks))
+        self._imported = class_files.apply(self.run, generator) if generator.frozen else {}
+        return generator
+
+    @property
+    def known(self) -> dict[int, str]:
+        """Index and name of every class whose images can be drawn: those of the base, then all others."""
+        learned = [*self.generator.labels, *sorted(self.generator.rows)] if self.generator.draws else []
+        return {cls: self._imported.get(cls) or self.classes[cls] for cls in learned}
+
+    def class_of(self, word: str | int) -> int:
+        """The index of a class given by name or index; raises LabError when the run does not know it."""
+        known = self.known
+        names = {str(cls): cls for cls in known} | {name: cls for cls, name in known.items()}
+        if str(word) in names:
+            return word if word in known else names[str(word)]
+        raise LabError(f"class={word}: accepted are the classes of this run, {', '.join(known.values())}.")
+
+    @property
+    def adapters(self) -> Adapters:
+        """The method over the base network; raises LabError for a method without a frozen base."""
+        if not self.generator.frozen:
+            raise LabError(f"The method {self.experiment.method} learns no class apart from the others.")
+        return self.generator.adapters
+
+    def row(self, cls: int) -> Row:
+        """The numbers learned for one class (methods with a frozen base, classes after task 1)."""
+        return self.generator.rows[cls]
+
+    def source(self, cls: int) -> Source:
+        return self.generator.source(self.class_of(cls))
+
+    def samples(self, cls: int, count: int | None = None) -> Tensor:
+        """The first ``count`` samples of a class (default: as many as the run used), uint8 (count, C, H, W)."""
+        return draw(self.context, self.source(cls), cls, count or self.experiment.samples_per_class)[0]
+
+    def samples_after(self, task: int, count: int | None = None) -> dict[int, Tensor]:
+        """The samples of every class seen by task ``task`` (from 1), as they were drawn then: class -> images."""
+        generator, count = self.generator_after(task), count or self.experiment.samples_per_class
+        seen = [cls for group in self.tasks[:task] for cls in group]
+        return {cls: draw(self.context, generator.source(cls), cls, count)[0] for cls in seen}
+
+    @cached_property
+    def judge(self) -> nn.Module:
+        """The classifier trained on the real images of all classes, in the order they are learned."""
+        everything = self.context.classes
+        images = self.context.dataset.train.of(everything)
+        return train_classifier(self.context, everything, images, {"real": everything})[0]
+
+    def losses(self, stage: str) -> pd.DataFrame:
+        """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""
+        rows = [event for event in self.events if event["event"] == "loss" and event["stage"] == stage]
+        return pd.DataFrame(rows, columns=["stage", "class", "classes", "step", "steps", "images", "loss", "seconds"])
+
+    @property
+    def accuracies(self) -> list[Event]:
+        """The events that close the tasks: accuracy, recognition of every class seen, seconds."""
+        return [event for event in self.events if event["event"] == "accuracy"]
+
+    @property
+    def averages(self) -> list[float]:
+        """A_k of Eq. 22 after every task that was scored."""
+        return [event["average"] for event in self.accuracies]
+
+    @property
+    def costs(self) -> pd.DataFrame:
+        """What each task took: task, new classes, images the generator was trained on, seconds by kind of work.
+
+        The images of an adapter belong to the task of its class, with whichever classes it was trained side by side.
+        """
+        task_of, now = {cls: k for k, task in enumerate(self.tasks, 1) for cls in task}, 1
+        images: dict[tuple, int] = {}  # (task, stage, class) -> images seen
+        for event in self.events:
+            if event["event"] == "loss" and event["stage"] != "classifier":
+                cls = event.get("class")
+                images[task_of.get(cls, now), event["stage"], cls] = event["images"]
+            now += event["event"] == "accuracy"
+        seen = pd.Series(images).groupby(level=0).sum() if images else {}
+        return pd.DataFrame(
+            {"task": e["task"], "new classes": len(e["classes"]), "images": seen.get(e["task"], 0)} | e["seconds"]
+            for e in self.accuracies
+        )
+
+    @property
+    def recognition(self) -> pd.DataFrame:
+        """Recognition of every class (lines, as learned) after every task (columns); nan before it is learned."""
+        after = {event["task"]: event["recognition"] for event in self.accuracies}
+        table = pd.DataFrame(after, index=[str(cls) for cls in self.context.classes], dtype=float)
+        return table.set_axis([self.classes[cls] for cls in self.context.classes])
+
+    def export_class(self, word: str | int, path: Path) -> Path:
+        """Write one class, by name or index, as a file that ``import_class`` of another run over this base takes."""
+        cls = self._own_row(word)
+        base = fingerprint(self.network.state_dict())
+        write_atomically(path, class_files.content(self.adapters, self.row(cls), base, cls, self.known[cls]))
+        return path
+
+    def import_class(self, path: Path) -> int:
+        """Bring the class of a file into this run; its index. LabError, and nothing changed, where it does not fit."""
+        row, facts = class_files.read(path, self.adapters, fingerprint(self.network.state_dict()))
+        cls, name = facts["class"], facts["name"]
+        if cls in self.known:
+            raise LabError(f"This run already knows class {cls} ({self.known[cls]}); `funlora remove` takes it out.")
+        if cls < len(self.classes) and name != self.classes[cls]:
+            raise LabError(f"{path} holds class {cls} named {name}, which this run's data call {self.classes[cls]}.")
+        content = class_files.content(self.adapters, row, facts["base"], cls, name)
+        with self._changing():
+            write_atomically(class_files.file_of(self.run, cls, "safetensors"), content)
+        return cls
+
+    def remove_class(self, word: str | int) -> int:
+        """Take one class, by name or index, out of this run; its training stays in the store. Returns its index."""
+        cls = self._own_row(word)
+        with self._changing():
+            if cls in self._imported:
+                class_files.file_of(self.run, cls, "safetensors").unlink()
+            else:
+                write_atomically(class_files.file_of(self.run, cls, "removed"), b"")
+        return cls
+
+    def _own_row(self, word: str | int) -> int:
+        cls = self.adapters and self.class_of(word)
+        if cls in self.generator.labels:
+            raise LabError(f"class={word}: it was learned with the base itself; only later classes stand alone.")
+        return cls
+
+    @contextmanager
+    def _changing(self):
+        """Hold the run's folder while its classes change, and look at them anew afterwards."""
+        with locked(self.run.folder, patience=10):
+            (self.run.folder / "classes").mkdir(exist_ok=True)
+            yield
+        del self.__dict__["generator"]
+
+
+def open_run(
+    experiment: Experiment, device: str = "auto", report: Report | None = None, home: Path | None = None
+) -> OpenRun:
+    """The run of this configuration, trained first (or its rest) if it is not finished; ``report`` sees every event."""
+    runtime = Runtime(device=pick_device(device))
+    run(experiment, report, runtime, home)
+    return OpenRun(Run.of(experiment, home), runtime)
+
+
+def open_folder(word: Path | str, device: str = "auto") -> OpenRun:
+    """A finished run by its folder, or by its name under ``home()``; raises LabError when there is none."""
+    record = Run.at(word)
+    if record.results() is None:
+        raise LabError(f"The run {record.folder} is not finished; the same `funlora run` command finishes it.")
+    return OpenRun(record, Runtime(device=pick_device(device)))

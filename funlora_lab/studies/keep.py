@@ -1,0 +1,98 @@
+"""What notebooks keep in the clone (figures, tables in three forms, results), and the pictures every run leaves."""
+
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from funlora_lab.continual import OpenRun, average_accuracies
+from funlora_lab.errors import LabError
+from funlora_lab.experiment import Experiment
+from funlora_lab.presets import PRESETS
+from funlora_lab.store import checkout, key_of, make_folder, update_json, write_atomically
+from funlora_lab.studies import plots
+
+UNFINISHED = ".pictures"  # lies in a run's folder while its pictures are drawn
+
+
+def folder_name(experiment: Experiment) -> str:
+    """An experiment's folder of figures: its preset, with a digest of changed settings beyond seed, method and data."""
+    changed = experiment.unlike(PRESETS[experiment.preset])
+    changed = {name: value for name, value in changed.items() if name not in ("seed", "method", "data", "data_root")}
+    return experiment.preset.removesuffix("-small") + (f"-{key_of(changed)[:8]}" if changed else "")
+
+
+def folder(experiment: Experiment) -> Path:
+    """Where notebooks keep figures and results: ``figures/<folder_name>`` of the clone, or of FUNLORA_FIGURES."""
+    clone, chosen = checkout(), os.environ.get("FUNLORA_FIGURES")
+    if not chosen and not clone:
+        raise LabError("There is no clone to keep figures in: set FUNLORA_FIGURES to a folder.")
+    path = Path(chosen or clone / "figures") / folder_name(experiment)
+    make_folder(path)
+    return path
+
+
+def figure(drawn: plots.Drawing, experiment: Experiment, name: str) -> plots.Drawing:
+    """Save a notebook's figure as ``<name>.png`` in the experiment's folder of figures; hand it back to be shown."""
+    write_atomically(folder(experiment) / f"{name}.png", drawn.png())
+    return drawn
+
+
+def results(experiment: Experiment, name: str, records: list[dict]) -> None:
+    """Put results under ``name`` in the folder's ``results.json``, leaving what other notebooks put there."""
+    update_json(folder(experiment) / "results.json", lambda known: known | {name: records})
+
+
+def table(frame: pd.DataFrame, experiment: Experiment, name: str, caption: str) -> pd.DataFrame:
+    """Save a table as ``<name>.md``, ``.csv`` and ``.tex`` in the experiment's folder of figures; hand it back."""
+    for ending, text in (("md", markdown(frame, caption)), ("csv", frame.to_csv()), ("tex", latex(frame, caption))):
+        write_atomically(folder(experiment) / f"{name}.{ending}", text.encode())
+    return frame
+
+
+def markdown(frame: pd.DataFrame, caption: str) -> str:
+    head = [frame.index.name or "", *frame.columns]
+    lines = [head, ["---"] * len(head), *frame.astype(object).fillna("").reset_index().to_numpy()]
+    return "\n".join([caption, "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""])
+
+
+def latex(frame: pd.DataFrame, caption: str) -> str:
+    r"""A ``tabular`` inside a ``table``, ready for ``\input``."""
+    columns, caption = "l" + "r" * len(frame.columns), re.sub(r"([&%#_$])", r"\\\1", caption)
+    shown = frame.astype(object).fillna("").astype(str).reset_index(names=frame.index.name or "")
+    text = shown.to_latex(index=False, escape=True, caption=caption, column_format=columns)
+    text = re.sub(r"\\(top|mid|bottom)rule", r"\\hline", text.replace(r"\caption", "\\centering\n\\caption", 1))
+    return text.replace("±", r"$\pm$")
+
+
+def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
+    """name -> Drawing: samples beside real images, losses, accuracy per task, confusion matrix."""
+    drawn, names, order = {}, run.classes, run.context.classes
+    if run.generator.draws:
+        real = {cls: run.context.dataset.train.of(cls).pixels[:shown] for cls in order}
+        columns = [("real", real), ("samples", {cls: run.samples(cls, shown) for cls in order})]
+        drawn["samples"] = plots.sample_columns(columns, order, names)
+        if len(losses := run.losses("adapter")):
+            lines = {names[cls]: (part["images"], part["loss"]) for cls, part in losses.groupby("class")}
+            drawn["losses"] = plots.training_curves(lines, "Adapters of the later classes")
+    if run.results["LA"] is not None:
+        averages = average_accuracies(run.results["accuracy"])
+        drawn["accuracy"] = plots.accuracy_per_task({run.experiment.method: averages})
+        drawn["confusion"] = plots.confusion(run.results["confusion"], names)
+    return drawn
+
+
+def stored_pictures(path: Path) -> list[Path]:
+    """The pictures in a run's folder; none when their drawing was broken off."""
+    return [] if (path / UNFINISHED).exists() else sorted(path.glob("*.png"))
+
+
+def save_pictures(run: OpenRun) -> list[Path]:
+    """Save every picture of a run as PNG in its folder; returns their paths."""
+    path = run.run.folder
+    write_atomically(path / UNFINISHED, b"")
+    for name, drawn in pictures(run).items():
+        write_atomically(path / f"{name}.png", drawn.png())
+    (path / UNFINISHED).unlink(missing_ok=True)
+    return stored_pictures(path)

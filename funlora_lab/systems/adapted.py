@@ -1,0 +1,152 @@
+"""FunLoRA and the compared adapters: a frozen base, and one row of numbers for every later class (Algorithm 1)."""
+
+from contextlib import ExitStack
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from funlora_lab.adapters import METHODS, Adapters, stack, unstack
+from funlora_lab.seeds import Shuffle, stream
+from funlora_lab.store import Artefact, canonical, read_json, write_atomically
+from funlora_lab.systems.generator import Batch, Source
+from funlora_lab.systems.network import WholeNetwork, meta_unet, noisy_batch
+from funlora_lab.training import Plan, Trainer, autocast
+from funlora_lab.unet import UNet
+
+
+class AdaptedBase(WholeNetwork):
+    """A network trained on task 1 and frozen; every later class is a row of numbers over it."""
+
+    frozen = True
+
+    def check(self) -> None:
+        super().check()
+        Adapters(meta_unet(self.context.experiment), self.context.experiment).neutral()
+
+    def learn(self, task: int) -> None:
+        context, classes = self.context, self.context.tasks[task]
+        if task == 0:
+            return self.train("base", classes, context.dataset.train.of(classes), context.experiment.base.steps)
+        for group in self.groups(task):
+            self._make(group)
+        self._take(classes)
+
+    def learn_classes(self, classes: list[int]) -> None:
+        """Learn the adapters of some classes side by side; what is stored is reused, what was interrupted goes on."""
+        self._make(classes)
+        self._take(classes)
+
+    def groups(self, task: int) -> list[list[int]]:
+        """The classes of a later task in groups trained side by side; tasks that follow fill the lanes left over."""
+        classes = self.context.tasks[task]
+        lanes = self.context.experiment.lanes or len(classes)
+        together = classes if lanes <= len(classes) else [cls for later in self.context.tasks[1:] for cls in later]
+        groups = [together[first : first + lanes] for first in range(0, len(together), lanes)]
+        return [group for group in groups if group[0] in classes]
+
+    def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
+        super().adopt(net, key, labels)
+        self.adapters = Adapters(self.net, self.context.experiment)
+
+    def artefact_of(self, cls: int) -> Artefact:
+        """One class's adapter: independent of other classes, of their order and of their grouping."""
+        e, method = self.context.experiment, METHODS[self.context.experiment.method]
+        given = {"method": method.identity(e), "training": asdict(e.adapter) | {"lr": method.rate_of(e)}}
+        return self.context.store.artefact("adapter", base=self.key, cls=cls, **self.context.inputs | given)
+
+    def _take(self, classes: list[int]) -> None:
+        for cls in classes:
+            artefact = self.artefact_of(cls)
+            self.rows[cls], facts = artefact.result()
+            self.keys[cls], self.context.seconds[artefact.key] = artefact.key, facts["seconds"]
+
+    def _make(self, classes: list[int]) -> None:
+        """See to it that the adapters of some classes are finished: those missing are trained side by side."""
+        context, artefacts = self.context, {cls: self.artefact_of(cls) for cls in classes}
+        with ExitStack() as held:
+            for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):  # nobody waits in a ring
+                if not artefact.done:
+                    context.may_make(artefact)
+                    held.enter_context(artefact.held(context.runtime.check, context.runtime.tell))
+            groups = _begun_together(artefacts)
+            context.replay(*(artefacts[cls] for cls in classes if not any(cls in group for group in groups)))
+            for group in groups:
+                self._train({cls: artefacts[cls] for cls in group})
+
+    def _train(self, artefacts: dict[int, Artefact]) -> None:
+        """Train a group, keep its result as a whole, then hand out to every class its own part."""
+        classes, keys = list(artefacts), [artefact.key for artefact in artefacts.values()]
+        group = self.context.store.artefact("adapters", members=keys)
+        missing = {cls: artefact for cls, artefact in artefacts.items() if not artefact.done}
+        for artefact in missing.values():
+            write_atomically(artefact.folder / "group.json", canonical(keys).encode())
+
+        def make() -> None:
+            rows, facts = self.adapter_trainer(group, classes).fit()
+            group.finish(rows, **facts)
+
+        self.context.ready(group, make)
+        rows, facts = group.result()
+        facts |= {"seconds": facts["seconds"] / len(classes), "side_by_side": len(classes)}
+        rows = dict(zip(classes, unstack(rows, len(classes)), strict=True))
+        for cls, artefact in missing.items():
+            artefact.resume()
+            for event in group.events():
+                if event["class"] == cls:
+                    artefact.log(event)
+            artefact.finish(rows[cls], **facts, cls=cls)
+
+    def adapter_trainer(self, group: Artefact, classes: list[int]) -> Trainer:
+        """The training of K classes side by side: every class has its own images, random stream and average."""
+        e, device, adapters = self.context.experiment, self.context.runtime.device, self.adapters
+        K, N, rate = len(classes), e.adapter.batch, adapters.method.rate_of(e)
+        pixels = [self.context.dataset.train.of(cls).pixels.to(device) for cls in classes]
+        shuffles = [Shuffle(len(own), e.seed, "adapter", cls) for cls, own in zip(classes, pixels, strict=True)]
+        rows = stack([adapters.start(cls) for cls in classes])
+        parameters = {name: value.to(device).requires_grad_() for name, value in rows.items()}
+
+        def loss_at(step: int) -> Tensor:
+            batches = [
+                noisy_batch(own, shuffle.batch(step, N), e.flip, stream(e.seed, "adapter", cls, step, device=device))
+                for cls, own, shuffle in zip(classes, pixels, shuffles, strict=True)
+            ]
+            batch = Batch(*(torch.stack([b[i] for b in batches], 1).flatten(0, 1) for i in range(3)))  # (N*K, ...)
+            with autocast(e.precision, device):
+                return self.loss(adapters.velocity(parameters, K), batch).reshape(N, K).mean(0)
+
+        plan = Plan.of(e.adapter, rate, e.adapter.steps, e.log_every)
+        optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
+        labels = [{"stage": "adapter", "class": cls} for cls in classes]
+        return Trainer(group, plan, optimizer, parameters, loss_at, self.context.runtime, labels)
+
+    def source(self, cls: int) -> Source:
+        if cls in self.labels:
+            return super().source(cls)
+        row = {name: value.to(self.context.runtime.device) for name, value in self.rows[cls].items()}
+
+        @torch.no_grad()
+        def velocity():
+            return self.adapters.velocity(stack([row]), 1)
+
+        return Source(self.keys[cls], velocity)
+
+    @property
+    def parameters_per_class(self) -> int:
+        return self.adapters.parameters_per_class
+
+
+def _begun_together(artefacts: dict[int, Artefact]) -> list[list[int]]:
+    """The classes whose adapters are missing, in the groups in which their training began, all others in a new one.
+
+    How many are trained side by side shows in an adapter's last bits, so a group goes on with all its members.
+    """
+    known = {artefact.key: cls for cls, artefact in artefacts.items()}
+    fresh, groups = [cls for cls, artefact in artefacts.items() if not artefact.done], []
+    for cls in list(fresh):
+        companions = artefacts[cls].folder / "group.json"
+        members = read_json(companions) if companions.exists() else []
+        if cls in fresh and members and known.keys() >= set(members):
+            groups.append([known[key] for key in members])
+            fresh = [other for other in fresh if other not in groups[-1]]
+    return groups + ([fresh] if fresh else [])

@@ -1,0 +1,67 @@
+"""Drawing the images of a class: in chunks of fixed composition, each saved once, so that sets are nested.
+
+Image i of a class depends on the class's weights, the solver, the seed, the chunk size and i: not on how many images
+are asked for, on other classes or on the task after which it is drawn.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from funlora_lab.data import to_bytes
+from funlora_lab.errors import Damaged
+from funlora_lab.experiment import Experiment
+from funlora_lab.flow import Solver, Velocity, noise
+from funlora_lab.store import Artefact
+from funlora_lab.systems.generator import Context, Source
+from funlora_lab.training import autocast, memory_for
+
+
+def solver_of(experiment: Experiment) -> Solver:
+    return Solver(experiment.solver, experiment.steps, experiment.tolerance)
+
+
+def sample_artefact(context: Context, source: Source, cls: int) -> Artefact:
+    """The artefact of one class's samples: it does not depend on how many are asked for."""
+    e = context.experiment
+    given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | solver_of(e).identity
+    return context.store.artefact("samples", weights=source.key, cls=cls, **given)
+
+
+@torch.no_grad()
+def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device: torch.device) -> tuple[Tensor, int]:
+    """(images in [-1, 1], evaluations of the network) of one whole chunk (chunk, C, H, W)."""
+    x0 = noise(e.seed, cls, chunk, (e.chunk, e.channels, e.image_size, e.image_size))
+    with autocast(e.precision, device):
+        return solver_of(e).integrate(velocity, x0.to(device))
+
+
+def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor, float]:
+    """The first ``count`` images of a class: (uint8 (count, C, H, W), seconds that their chunks took when drawn)."""
+    e, runtime = context.experiment, context.runtime
+    artefact, velocity, images, seconds = sample_artefact(context, source, cls), None, [], 0.0
+    for chunk in range(-(-count // e.chunk)):
+        path = artefact.folder / f"chunk-{chunk:05d}.safetensors"
+        fresh = not path.exists()
+        if fresh:
+            context.may_make(artefact)
+            with artefact.held(runtime.check, runtime.tell), memory_for("chunk"):
+                if not path.exists():
+                    velocity = velocity or source.velocity()
+                    begun = time.monotonic()
+                    drawn, evaluations = draw_chunk(velocity, e, cls, chunk, runtime.device)
+                    pixels = to_bytes(drawn).cpu()
+                    facts = {"evaluations": evaluations, "seconds": time.monotonic() - begun, "chunk": chunk}
+                    artefact.write(path, {"images": pixels}, facts)
+        tensors, facts = artefact.read(path)
+        if facts.get("chunk", chunk) != chunk:
+            raise Damaged(path, f"{path} is foreign: it holds chunk {facts['chunk']}")
+        images.append(tensors["images"])
+        seconds += facts["seconds"]
+        event = {"event": "samples", "class": cls, "drawn": min(count, (chunk + 1) * e.chunk), "of": count}
+        event |= {"evaluations": facts["evaluations"], "seconds": round(seconds, 3)}
+        runtime.report(event if fresh else {**event, "replayed": True})
+        if fresh:
+            runtime.check()
+    return torch.cat(images)[:count], seconds

@@ -1,0 +1,55 @@
+"""What every stage of a run is handed: where work is done, how often it is saved, who is told of it."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+
+from funlora_lab.errors import LabError, Stopped
+from funlora_lab.training.processes import Team
+
+Event = dict  # {"event": kind, ...}: what a run reports and logs
+Report = Callable[[Event], None]
+
+
+def ignore(event: Event | str) -> None:
+    """A report that nobody reads."""
+
+
+def _save_seconds() -> float:
+    word = os.environ.get("FUNLORA_SAVE_SECONDS") or "20"
+    with suppress(ValueError):
+        if (seconds := float(word)) >= 0:
+            return seconds
+    raise LabError(f"FUNLORA_SAVE_SECONDS={word}: accepted is a number of seconds from 0 up.")
+
+
+@dataclass
+class Runtime:
+    """Nothing here changes a result beyond the device's own rounding."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stop: Callable[[], str | None] = lambda: None  # asked after every step and chunk of samples; a sentence stops
+    report: Report = ignore  # is given every event of a run as it happens
+    tell: Callable[[str], None] = ignore  # is given a sentence when something outside holds the work up
+    save_seconds: float = field(default_factory=_save_seconds)  # the least time between two saves; 0: every step
+    team: Team = field(default_factory=Team)  # the processes that train a whole network together
+    compile: str = "auto"  # one of ``device.COMPILE``
+
+    def check(self) -> None:
+        """Raise Stopped when a stop was asked for; only where everything is already saved."""
+        if reason := self.stop():
+            raise Stopped(reason)
+
+
+@contextmanager
+def memory_for(settings: str):
+    """Say which settings to lower when the block runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as reason:
+        if not isinstance(reason, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(reason):
+            raise
+        raise LabError(f"Out of memory: lower {settings}; everything saved before is untouched.") from None

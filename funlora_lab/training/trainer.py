@@ -1,0 +1,165 @@
+"""The one training loop: base, adapters side by side and classifiers all run through ``Trainer``.
+
+It resumes at any step with bit-identical results: what is random is a function of the step, all else is in the state.
+Letters: L lanes, the independent problems trained side by side (K classes; 1 for a whole network or classifier).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from funlora_lab.errors import Damaged, LabError, Stopped
+from funlora_lab.store import Artefact
+from funlora_lab.training.runtime import Runtime, memory_for
+
+MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # else base_batch
+KEPT = "the state saved before it is kept, a lower learning rate may help."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training lasts and at what rate; all lengths are in steps."""
+
+    steps: int
+    batch: int
+    rate: float  # the peak
+    shape: str = "constant"  # constant, cosine or one-cycle
+    warmup: int = 0
+    ema: float = 0.0  # decay of the moving average, 0 for none
+    ema_start: int = 0
+    log_every: int = 50
+
+    @classmethod
+    def of(cls, training, rate: float, steps: int, log_every: int) -> "Plan":
+        """The plan of a group of an experiment's settings (``base``, ``adapter``) for so many steps."""
+        warmup, ema_start = training.warmup // training.batch, training.ema_start // training.batch
+        return cls(steps, training.batch, rate, training.schedule, warmup, training.ema, ema_start, log_every)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..., steps - 1."""
+        if self.shape == "one-cycle":  # Smith & Topin: up over the first 30 % from 1/25 of the peak, down to almost 0
+            up, low, high = 0.3 * self.steps, self.rate / 25, self.rate
+            if step < up:
+                return low + (high - low) * (1 - math.cos(math.pi * step / up)) / 2
+            return high * (1 + math.cos(math.pi * (step - up) / (self.steps - up))) / 2
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        if self.shape == "cosine":
+            return self.rate * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
+        return self.rate
+
+
+@dataclass(eq=False)
+class Trainer:
+    """Trains from wherever the artefact stands, ``fit`` to the end or ``step`` by step; Damaged if it cannot resume."""
+
+    artefact: Artefact
+    plan: Plan
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, Tensor]  # trained in place
+    loss_at: Callable[[int], Tensor]  # step -> (L,); the losses are summed, so no lane's gradient sees another
+    runtime: Runtime
+    labels: list[dict]  # what names each lane in its ``loss`` events
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # saved with the parameters
+    clip: float = 0.0  # the largest gradient norm, 0 for no limit
+
+    def __post_init__(self):
+        averaging = self.plan.ema and self.plan.ema_start < self.plan.steps
+        self.average = {name: v.detach().clone() for name, v in self.parameters.items()} if averaging else {}
+        groups = {"weight": self.parameters, "average": self.average, "buffer": self.buffers}
+        self.tensors = {f"{prefix}/{name}": v for prefix, group in groups.items() for name, v in group.items()}
+        self.pending: list[Tensor] = []  # losses (L,) of the steps not yet logged
+        self.done, self.earlier = 0, 0.0
+        if saved := self.artefact.resume():
+            self._restore(*saved)
+        self.begun = time.monotonic()
+        self.save_at = self.begun + self.runtime.save_seconds
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.begun
+
+    def _restore(self, saved: dict[str, Tensor], facts: dict) -> None:
+        try:
+            for name, tensor in self.tensors.items():
+                tensor.detach().copy_(saved[name])
+            for name in [name for name in saved if name.startswith("optimizer/")]:
+                _, key, parameter = name.split("/", 2)
+                value, target = saved[name], self.parameters[parameter]
+                if value.shape == target.shape and key != "step":  # in the parameter's own memory layout
+                    value = torch.empty_like(target).copy_(value)
+                elif key != "step" or self.optimizer.defaults.get("fused"):
+                    value = value.to(target.device)
+                self.optimizer.state[target][key] = value
+            self.pending = list(saved["losses"].to(self.runtime.device))
+        except (KeyError, RuntimeError):
+            path = self.artefact.state_file
+            raise Damaged(path, f"{path} is of another version of the program") from None
+        self.done, self.earlier = facts["step"], facts["seconds"]
+        for event in self.artefact.events():  # a run's log begins anew when it resumes: it needs the earlier lines too
+            self.runtime.report({**event, "replayed": True})
+
+    def _losses(self) -> Tensor:
+        """The losses (steps, L) not yet logged; raises LabError when one of them or a weight is not finite."""
+        losses = torch.stack(self.pending).cpu() if self.pending else torch.empty(0, len(self.labels))
+        for when, lane in (~torch.isfinite(losses)).nonzero().tolist():
+            name, step = " ".join(f"{k} {v}" for k, v in self.labels[lane].items()), self.done - len(losses) + when + 1
+            raise LabError(f"The loss of {name} was not finite at step {step}; {KEPT}")
+        if not torch.stack(torch._foreach_norm(list(self.parameters.values()))).isfinite().all():
+            stage = self.labels[0]["stage"]
+            raise LabError(f"The weights of the {stage} were not finite after step {self.done}; {KEPT}")
+        return losses
+
+    def save(self) -> None:
+        before = time.monotonic()
+        tensors = self.tensors | {"losses": self._losses()}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter].items()
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in state if isinstance(value, Tensor)}
+        self.artefact.save_state(tensors, step=self.done, seconds=self.seconds)
+        now, least = time.monotonic(), self.runtime.save_seconds
+        self.save_at = now + (max(least, 20 * (now - before)) if least else 0)  # at most about 5 % of the time
+
+    def step(self) -> None:
+        """One step, with its log lines and its save of progress when they are due."""
+        plan, step = self.plan, self.done
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.rate_at(step)
+        with memory_for(MEMORY.get(self.labels[0]["stage"], "base_batch")):
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self.loss_at(step)
+            losses.sum().backward()
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip)
+            self.optimizer.step()
+        if self.average and step >= plan.ema_start:
+            n = step - plan.ema_start  # a decay of (1 + n) / (10 + n) at first, else a short run averages its start
+            pair = list(self.average.values()), [value.detach() for value in self.parameters.values()]
+            torch._foreach_lerp_(*pair, 1 - min(plan.ema, (1 + n) / (10 + n)))
+        self.pending.append(losses.detach())
+        self.done += 1
+        if self.done % plan.log_every == 0 or self.done == plan.steps:
+            self._log()
+        if self.done < plan.steps and time.monotonic() >= self.save_at:
+            self.save()
+
+    def _log(self) -> None:
+        for label, loss in zip(self.labels, self._losses().mean(0).tolist(), strict=True):
+            facts = {"step": self.done, "steps": self.plan.steps, "images": self.done * self.plan.batch, "loss": loss}
+            event = {"event": "loss", **label, **facts, "seconds": round(self.seconds, 3)}
+            self.runtime.report(self.artefact.log(event))
+        self.pending = []
+
+    def fit(self) -> tuple[dict[str, Tensor], dict]:
+        """Train to the end -> (final or averaged parameters, facts); raises Stopped when the runtime asks for it."""
+        while self.done < self.plan.steps:
+            self.step()
+            if self.done < self.plan.steps and (reason := self.runtime.team.ask(self.runtime.stop, self.done)):
+                self.save()
+                raise Stopped(reason)
+        result = {name: value.detach() for name, value in (self.average or self.parameters).items()}
+        return result, {"seconds": self.seconds, "steps": self.plan.steps}

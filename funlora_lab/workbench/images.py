@@ -1,0 +1,160 @@
+"""Images of classes from the same noise across tasks and runs, from changed numbers, and on their way from noise.
+
+Letters: N images of C channels and H x W pixels, K rows. Images are uint8 (N, C, H, W).
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from funlora_lab.adapters import LABEL, Row, stack
+from funlora_lab.continual import OpenRun, predict
+from funlora_lab.data import to_bytes
+from funlora_lab.errors import LabError
+from funlora_lab.flow import Solver, noise
+from funlora_lab.systems import Generator
+from funlora_lab.workbench import markup
+from funlora_lab.workbench.layers import AdaptedLayers
+from funlora_lab.workbench.markup import Markup
+
+
+def identical(images: Sequence[Tensor]) -> bool:
+    return all(torch.equal(images[0], other) for other in images)
+
+
+def drift(before: Tensor, after: Tensor) -> float:
+    """Mean absolute difference of images, in grey levels from 0 to 255."""
+    return (before.float() - after.float()).abs().mean().item()
+
+
+@dataclass(frozen=True)
+class SameNoise:
+    """A run's images, ``count`` of a class, from noise that is the same for every task, method and run."""
+
+    run: OpenRun
+    count: int
+    solver: Solver
+    seed: int = 0
+
+    def noise(self, cls: int) -> Tensor:
+        """Where class ``cls`` starts (count, C, H, W), on the run's device."""
+        e = self.run.experiment
+        shape = (self.count, e.channels, e.image_size, e.image_size)
+        return noise(self.seed, cls, 0, shape).to(self.run.runtime.device)
+
+    def path(self, cls: int, frames: int = 0, generator: Generator | None = None) -> Tensor:
+        """uint8 states (frames, N, C, H, W) of a class from noise to image, by ``generator`` or the run's own."""
+        if not self.run.generator.draws:
+            raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
+        source = generator.source(cls) if generator else self.run.source(cls)
+        with torch.no_grad():
+            return to_bytes(self.solver.path(source.velocity(), self.noise(cls), frames)[0]).cpu()
+
+    def images(self, cls: int) -> Tensor:
+        return self.path(cls, 2)[-1]
+
+    def across_tasks(self, cls: int) -> dict[str, Tensor]:
+        """A class's images after every task that knows it; each task's generator is loaded afresh."""
+        after = [k for k in range(1, len(self.run.tasks) + 1) if any(cls in classes for classes in self.run.tasks[:k])]
+        if not after:
+            raise LabError(f"Class {self.run.known[cls]} was imported: it belongs to no task of this run.")
+        return {f"after task {k}": self.path(cls, 2, self.run.generator_after(k))[-1] for k in after}
+
+    def across_runs(self, runs: Sequence[OpenRun], cls: int) -> dict[str, Tensor]:
+        """A class's images in several runs; raises LabError when their classes or sizes differ from this run's."""
+        for run in runs:
+            if run.classes != self.run.classes or run.experiment.image_size != self.run.experiment.image_size:
+                raise LabError(f"The run {run.run.folder.name} has other classes or another image size than this one.")
+        return {run.run.folder.name: replace(self, run=run).images(cls) for run in runs}
+
+    def judged(self, images: Tensor) -> list[str]:
+        """What the run's classifier trained on the real images of all classes takes images for: class names."""
+        return [self.run.classes[self.run.context.classes[i]] for i in predict(self.run.judge, images).tolist()]
+
+    def compare_tasks(self, classes: Sequence[int]) -> Markup:
+        return Markup("".join(self._compared(cls, self.across_tasks(cls)) for cls in classes))
+
+    def compare_runs(self, runs: Sequence[OpenRun], classes: Sequence[int]) -> Markup:
+        return Markup("".join(self._compared(cls, self.across_runs(runs, cls)) for cls in classes))
+
+    def _compared(self, cls: int, columns: dict[str, Tensor]) -> str:
+        title, drawn = f"class {self.run.known[cls]}", list(columns.values())
+        same, changed = identical(drawn), max(drift(drawn[0], other) for other in drawn)
+        words = "bit-identical" if same else f"not identical: up to {changed:.1f} of 255 apart on average"
+        rows = [[name, markup.picture(images, f"{title}, {name}")] for name, images in columns.items()]
+        return f"<b>{title}</b> {markup.badge(same, words) if drawn[1:] else ''}{markup.sheet(rows)}"
+
+    def sheet(self, classes: Sequence[int]) -> Markup:
+        """One row of images a class, beside what the classifier trained on real images takes them for."""
+        rows = []
+        for cls in classes:
+            drawn, name = self.images(cls), self.run.known[cls]
+            recognised = f"{self.judged(drawn).count(name)} of {self.count} recognised"
+            rows.append([f"<b>{name}</b>", markup.picture(drawn, f"samples of class {name}"), recognised])
+        return Markup(markup.sheet(rows))
+
+    def row(self, cls: int) -> Row:
+        """All of a class's numbers, its label embedding included; a class of task 1 has the neutral row."""
+        run, labels = self.run, self.run.generator.labels
+        if cls in labels:
+            label = run.network.label_emb.weight.detach()[labels.index(cls)]
+            return run.adapters.neutral() | {LABEL: label.cpu().clone()}
+        return {LABEL: run.adapters.mean_embedding().cpu()} | run.row(cls)
+
+    def scaled(self, cls: int, layer: int, number: str, which: int | None, factors: Sequence[float]) -> Markup:
+        """A class as a layer's ponderations, say, are multiplied by each factor: one of them, or all (None)."""
+        row, name = self.row(cls), AdaptedLayers(self.run).name_of(layer)
+        if (key := f"{name}/{number}") not in row:
+            names = sorted({key.rpartition("/")[2] for key in row if key.startswith(f"{name}/")})
+            raise LabError(f"{number}: accepted for this run's method is {', '.join(names)}.")
+        if which is not None and which >= len(row[key]):
+            raise LabError(f"Number {which + 1} of {number}: accepted is 1 to {len(row[key])}.")
+        rows, scale = {}, torch.ones_like(row[key])
+        for factor in factors:
+            scale[slice(None) if which is None else which] = factor
+            rows[f"× {factor:g}"] = row | {key: scale * row[key]}
+        return self._rows(cls, rows)
+
+    def mixed(self, first: int, second: int, shares: Sequence[float]) -> Markup:
+        """(1 - share) of one class's numbers plus ``share`` of another's, for every share."""
+        one, other, names = self.row(first), self.row(second), (self.run.known[first], self.run.known[second])
+        mixed = [{name: torch.lerp(value, other[name], share) for name, value in one.items()} for share in shares]
+        titles = [f"{1 - share:.0%} {names[0]} + {share:.0%} {names[1]}" for share in shares]
+        return self._rows(first, dict(zip(titles, mixed, strict=True)))
+
+    def _rows(self, cls: int, rows: dict[str, Row]) -> Markup:
+        """Images of every row of numbers, drawn in one batch, with their drift from those of class ``cls`` as it is."""
+        rows, x0, lines = {"as learned": self.row(cls)} | rows, self.noise(cls), []
+        K, stacked = len(rows), {name: value.to(x0.device) for name, value in stack(list(rows.values())).items()}
+        with torch.no_grad():
+            velocity = self.run.adapters.velocity(stacked, K)
+            drawn = to_bytes(self.solver.integrate(velocity, x0.repeat_interleave(K, 0))[0]).cpu()
+        for k, name in enumerate(rows):
+            answers = pd.Series(self.judged(drawn[k::K])).value_counts()
+            taken = ", ".join(f"{number} × {answer}" for answer, number in answers.items())
+            lines.append([name, markup.picture(drawn[k::K], name), f"{drift(drawn[::K], drawn[k::K]):.1f}", taken])
+        return Markup(markup.sheet(lines, ("", "same noise", "drift, of 255", "taken for")))
+
+
+def path_sheet(states: Tensor) -> Markup:
+    """States (frames, N, C, H, W) from noise to image: one row an image, time from left to right."""
+    frames, width = len(states), (states.shape[-1] + 1) * markup.scale_of(states[0])
+    cell = f'<span style="display:inline-block;width:{width:.1f}px">'
+    times = "".join(f"{cell}{k / (frames - 1):.2g}</span>" for k in range(frames))
+    rows = [[markup.picture(way, f"image {n} from noise to image")] for n, way in enumerate(states.transpose(0, 1), 1)]
+    return Markup(markup.sheet([["time from 0 (noise) to 1 (image)"], [f'<span class="soft">{times}</span>'], *rows]))
+
+
+def animation(states: Tensor) -> bytes:
+    """A GIF of states (frames, N, C, H, W), the images side by side, resting on the last one."""
+    scale, file = round(markup.scale_of(states[0])), io.BytesIO()
+    sheets = [Image.fromarray(markup.row_of_images(state).squeeze()) for state in states]
+    first, *others = [sheet.resize((sheet.width * scale, sheet.height * scale), 0) for sheet in sheets]
+    milliseconds = [90] * len(others) + [1500]
+    first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    return file.getvalue()

@@ -1,0 +1,65 @@
+"""Accuracies against values worked out by hand, and the held-out loss against plain random draws."""
+
+import pytest
+import torch
+from test_adapters import base
+
+from funlora_lab import preset
+from funlora_lab.continual import accuracy_per_task, average_accuracies, held_out_loss, last_and_incremental
+from funlora_lab.data import load, tasks, to_floats
+from funlora_lab.flow import flow_loss
+from funlora_lab.store import Store
+from funlora_lab.systems import Context, Source
+from funlora_lab.training import Runtime
+
+
+def test_accuracies_of_a_small_matrix():
+    matrix = [[0.9], [0.8, 0.6], [0.7, 0.5, 0.3]]
+    assert average_accuracies(matrix) == pytest.approx([0.9, 0.7, 0.5])
+    assert last_and_incremental(matrix) == (pytest.approx(0.5), pytest.approx(0.7))
+
+
+def test_a_task_that_is_not_scored_leaves_no_average_over_all():
+    assert average_accuracies([None, [0.8, 0.6]]) == [None, pytest.approx(0.7)]
+    assert last_and_incremental([None, [0.5, 0.5]]) == (0.5, None)
+    assert last_and_incremental([[0.5], None]) == (None, None)
+
+
+def test_accuracy_on_a_task_counts_the_images_of_its_classes():
+    predicted, true = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 0, 1, 2, 2])
+    assert accuracy_per_task(predicted, true, [[0], [1, 2]]) == pytest.approx([1 / 2, 1 / 3])
+
+
+def context_of(tmp_path, **changes) -> Context:
+    experiment = preset("smoke").but(**changes)
+    dataset = load(experiment)
+    return Context(experiment, dataset, tasks(experiment, 10), Store(tmp_path), Runtime())
+
+
+def test_the_held_out_loss_agrees_with_random_draws_within_its_standard_error(tmp_path):
+    context, net, seen = context_of(tmp_path), base(), []
+
+    def velocity(t, x):
+        seen.append(t)
+        return net(t, x, net.label_emb.weight[:1].expand(len(x), -1))
+
+    x1 = to_floats(context.dataset.valid.of(3).pixels)
+    sliced, n = held_out_loss(context, Source("", lambda: velocity), 3), len(x1)
+    assert sliced == held_out_loss(context, Source("", lambda: velocity), 3)
+    times = torch.stack(seen[:8])  # (draws, images): in every draw one image in each slice, and every image everywhere
+    assert torch.equal((times * n).floor().sort(1).values, torch.arange(float(n)).expand(8, n))
+    assert times.sort(0).values.diff(dim=0).max() < 1 / 8 + 2 / n
+    generator, many = torch.Generator().manual_seed(4), x1.repeat(20, 1, 1, 1)
+    with torch.no_grad():
+        draws = torch.cat(
+            [
+                flow_loss(velocity, many, torch.randn(many.shape, generator=generator), t).reshape(20, n).mean(1)
+                for t in torch.rand(20, len(many), generator=generator)
+            ]
+        )
+    assert len(draws) == 400
+    assert abs(sliced - draws.mean()) < draws.std() / 8**0.5
+
+
+def test_without_held_out_images_there_is_no_held_out_loss(tmp_path):
+    assert held_out_loss(context_of(tmp_path, valid_fraction=0.0), Source("", lambda: None), 3) is None
