@@ -76,6 +76,8 @@ class Progress:
                 self._advance(stage, event["step"], event["steps"], event["seconds"], note)
             case "samples" if "replayed" not in event:
                 self._advance(f"samples of class {event['class']}", event["drawn"], event["of"], event["seconds"])
+            case "quality":
+                self._advance(f"quality of {event['group']}", event["done"], event["of"], event["seconds"])
             case "accuracy":
                 each = " ".join(f"{value:.3f}" for value in event["per_task"])
                 self.close(f"task {event['task']}/{event['of']}: accuracy {event['average']:.4f} (by task: {each})")
@@ -207,12 +209,12 @@ def bench(arguments) -> None:
 def quality(arguments) -> None:
     from funlora_lab.studies import fidelity, quality
 
-    run = funlora_lab.open_folder(arguments.run, arguments.device)
-    tables = {"classifier features": quality.classifier_quality(run, arguments.draws, arguments.split)}
-    if arguments.inception:
-        weights = None if arguments.inception == "download" else arguments.inception
-        more = (weights, arguments.split, arguments.images, arguments.draws)
-        tables["inception"] = fidelity.inception_quality(run, *more)
+    run, weights, tables = funlora_lab.open_folder(arguments.run, arguments.device), arguments.inception, {}
+    with contextlib.closing(Progress()) as run.runtime.report:
+        tables["classifier features"] = quality.classifier_quality(run, arguments.draws, arguments.split)
+        if weights:
+            more = (arguments.split, arguments.images, arguments.draws)
+            tables["inception"] = fidelity.inception_quality(run, None if weights == "download" else weights, *more)
     if arguments.json:
         return print(json.dumps({name: table.to_dict("records") for name, table in tables.items()}))
     for name, table in tables.items():

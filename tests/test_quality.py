@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from funlora_lab import LabError, open_run, preset
+from funlora_lab import LabError, open_folder, open_run, preset
 from funlora_lab.__main__ import main
 from funlora_lab.continual import classifier, predict
-from funlora_lab.studies import fidelity, plots, quality
+from funlora_lab.studies import fidelity, neighbours, plots, quality
 
 
 def normal(*shape, seed=0):
@@ -82,6 +82,40 @@ def test_precision_and_recall_are_counted_by_hand_on_a_line():
     precision, recall = quality.precision_recall(real, drawn)
     assert precision == 0.5
     assert recall == 1 / 10  # of the real points only 0 lies within 0.3 of the drawn cluster
+
+
+def plainly(real, drawn, k=3):
+    """Precision and recall by their definition: all distances at once, in float64."""
+
+    def squares(a, b):
+        return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+
+    around_real, around_drawn = (squares(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))  # 1st: itself
+    between = squares(real, drawn)
+    precision = (between <= around_real[:, None]).any(0).double().mean().item()
+    return precision, (between <= around_drawn[None, :]).any(1).double().mean().item()
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.95, 3.0), (1.0, 300.0)])
+def test_precision_and_recall_in_blocks_are_those_of_the_exact_form(monkeypatch, scale, offset):
+    monkeypatch.setattr(neighbours, "BLOCK", 2000 * 300)  # seven blocks of rows, the last one smaller
+    real, drawn = normal(2000, 512) + offset, scale * normal(2000, 512, seed=1) + offset
+    found = quality.precision_recall(real, drawn)
+    assert found == plainly(real - offset, drawn - offset)
+    assert 0.01 < min(found)
+    assert max(found) < 0.99
+
+
+def test_ties_copies_and_points_on_the_edge_of_a_ball_are_decided_exactly():
+    grid = torch.cartesian_prod(*[torch.arange(6.0)] * 3)  # every distance is shared by many
+    assert quality.precision_recall(grid, grid + torch.tensor([1.0, 0, 0])) == (1, 1)  # on the edge counts
+    same = torch.ones(50, 4)
+    assert quality.precision_recall(same, same) == (1, 1)
+    assert quality.precision_recall(same, same + 1e-9) == (1, 1)  # float32 sees no difference and has none
+    assert quality.precision_recall(same.double(), same.double() + 1e-9) == (0, 0)
+    distance, index = neighbours.nearest(grid, grid[[5, 0, 5]], k=2)
+    assert index[0].tolist() == [1, 0]
+    assert distance[5].tolist() == [0, 0]
 
 
 def test_dropping_half_of_the_modes_costs_recall_and_not_precision():
@@ -181,6 +215,24 @@ def test_pictures_of_recognition_and_neighbours(run):
     assert (sheet[8] == 255).all()  # a white gap
     assert (sheet[9:, 9:17, 0] == train[index[1]][0].numpy()).all()
     assert (plots.tile(drawn[:3], 2)[9:, 9:] == 255).all()  # and where no image is left
+
+
+def test_a_table_is_kept_and_only_made_again_for_other_samples(run, monkeypatch):
+    first = quality.classifier_quality(run, draws=2)
+    monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("measured again"))
+    again = open_folder(run.run.folder, "cpu")
+    assert quality.classifier_quality(again, draws=2).equals(first)
+    with pytest.raises(pytest.fail.Exception):
+        quality.classifier_quality(again, draws=1)
+    (run.run.folder / "quality.json").write_text("{")
+    monkeypatch.undo()
+    told = []
+    again.runtime.report = told.append
+    assert quality.classifier_quality(again, draws=2).equals(first)
+    assert quality.classifier_quality(again, draws=2).equals(first)
+    done = [(event["group"], event["done"], event["of"]) for event in told if event["event"] == "quality"]
+    assert done[:3] == [("all", 1, 2), ("all", 2, 2), ("task 1", 1, 2)]
+    assert len(done) == 2 * 14
 
 
 def test_the_command_prints_the_table_and_says_what_it_does_not_know(run, monkeypatch, capsys):

@@ -79,13 +79,16 @@ def extractor(name: str, weights: Path, device: torch.device) -> tuple[Callable[
 
 
 def published_measures(real: Tensor, drawn: Tensor) -> dict[str, float]:
-    """torch-fidelity's own FID, KID, precision and recall of its features (N, D) and (M, D)."""
+    """torch-fidelity's own FID and KID of its features (N, D) and (M, D), with precision and recall.
+
+    The last two are quality.py's: the same numbers, in minutes where torch-fidelity takes days.
+    """
     theirs, size = _torch_fidelity(), min(KID_SUBSET_SIZE, len(real), len(drawn))
-    statistics = [theirs.metric_fid.fid_features_to_statistics(part.double()) for part in (drawn, real)]
-    settings = {"kid_subset_size": size, "prc_neighborhood": quality.NEIGHBOURS, "verbose": False}
+    x, y = (part.double().cpu() for part in (drawn, real))
+    statistics = [theirs.metric_fid.fid_features_to_statistics(part) for part in (x, y)]
     found = theirs.metric_fid.fid_statistics_to_metric(*statistics, False)
-    found |= theirs.metric_kid.kid_features_to_metric(drawn.double(), real.double(), **settings)
-    found |= theirs.metric_prc.prc_features_to_metric(drawn, real, **settings)
+    found |= theirs.metric_kid.kid_features_to_metric(x, y, kid_subset_size=size, verbose=False)
+    found |= dict(zip(("precision", "recall"), quality.precision_recall(real, drawn), strict=True))
     return {measure: found[name] for measure, (name, *_) in MEASURES.items()}
 
 
@@ -96,13 +99,21 @@ def inception_quality(run: OpenRun, weights=None, split="train", count: int | No
     torch-fidelity's; low and high come from ``draws`` halvings (quality.py), by this package's equal formulas.
     """
     _torch_fidelity()
-    (features, protocol), rows = extractor(name, weights_file(weights), run.runtime.device), []
-    for group, x, y in quality.by_group(run, features, split, count):
-        about = {"real images": len(x), "samples": len(y), "split": split} | protocol
-        halves = [quality.measure(half, picked) for half, _, picked in quality.halvings(x, y, draws, 0)]
-        for measure, value in published_measures(x, y).items():
-            _, ours, least, most = MEASURES[measure]
-            around = quality.interval([half[ours] for half in halves])
-            ends = {end: min(max(value + around[end] - around["value"], least), most) for end in ("low", "high")}
-            rows.append({"group": group, "measure": measure, "value": value} | ends | about)
-    return pd.DataFrame(rows)
+    features, protocol = extractor(name, weights_file(weights), run.runtime.device)
+
+    def make() -> pd.DataFrame:
+        rows = []
+        for group, x, y in quality.by_group(run, features, split, count):
+            told, halves = quality.telling(run, group), []
+            for half, _, picked in quality.halvings(x, y, draws, 0):
+                halves.append(quality.measure(half, picked))
+                told(len(halves), draws)
+            about = {"real images": len(x), "samples": len(y), "split": split} | protocol
+            for measure, value in published_measures(x, y).items():
+                _, ours, least, most = MEASURES[measure]
+                around = quality.interval([half[ours] for half in halves])
+                ends = {end: min(max(value + around[end] - around["value"], least), most) for end in ("low", "high")}
+                rows.append({"group": group, "measure": measure, "value": value} | ends | about)
+        return pd.DataFrame(rows)
+
+    return quality.stored(run, protocol | {"split": split, "count": count, "draws": draws}, make)

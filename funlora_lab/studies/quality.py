@@ -5,18 +5,23 @@ them on "classifier features", the last hidden layer of its own real-data classi
 experiment; they are not FID and not comparable with published ones (fidelity.py makes those).
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from funlora_lab import __version__
 from funlora_lab.continual import OpenRun
 from funlora_lab.data import to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.seeds import stream
-from funlora_lab.studies import plots
+from funlora_lab.store import key_of, read_json, write_json
+from funlora_lab.studies import neighbours, plots
+from funlora_lab.systems import sample_artefact
 
 NEIGHBOURS = 3  # k of precision and recall, as in Kynkaanniemi et al. 2019 and torch-fidelity
 MEASURES = ("Frechet", "kernel", "precision", "recall")
@@ -43,14 +48,13 @@ def kernel_distance(real: Tensor, drawn: Tensor) -> float:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018): of equal sets 0 on average."""
     x, y = real.double(), drawn.double()
     N, M, D = len(x), len(y), x.shape[1]
-    xx, yy, xy = ((a @ b.T / D + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - xx.trace()) / (N * (N - 1)) + (yy.sum() - yy.trace()) / (M * (M - 1))
-    return (within - 2 * xy.mean()).item()
 
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return sum(((part @ b.T / D + 1) ** 3).sum() for part in a.split(max(1, neighbours.BLOCK // len(b))))
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances between rows, computed from differences -> (len(a), len(b)) in float64."""
-    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    own_x, own_y = (((a.square().sum(1) / D + 1) ** 3).sum() for a in (x, y))  # an image with itself does not count
+    apart = (total(x, x) - own_x) / (N * (N - 1)) + (total(y, y) - own_y) / (M * (M - 1))
+    return (apart - 2 * total(x, y) / (N * M)).item()
 
 
 def precision_recall(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
@@ -61,10 +65,9 @@ def precision_recall(real: Tensor, drawn: Tensor, k: int = NEIGHBOURS) -> tuple[
     """
     if min(len(real), len(drawn)) <= k:
         raise LabError(f"Precision and recall need more than {k} images on each side: here {len(real)}, {len(drawn)}.")
-    around_real, around_drawn = (distances(x, x).kthvalue(k + 1, dim=1).values for x in (real, drawn))  # 1st: itself
-    between = distances(real, drawn)  # (N, M)
-    precision = (between <= around_real[:, None]).any(0).double().mean().item()
-    return precision, (between <= around_drawn[None, :]).any(1).double().mean().item()
+    around_real, around_drawn = (neighbours.nearest(x, x, k)[0][:, -1] for x in (real, drawn))
+    inside = neighbours.within(drawn, real, around_real), neighbours.within(real, drawn, around_drawn)
+    return inside[0].double().mean().item(), inside[1].double().mean().item()
 
 
 def measure(real: Tensor, drawn: Tensor) -> dict[str, float]:
@@ -91,24 +94,32 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"value": float(np.mean(values)), "low": float(low), "high": float(high)}
 
 
-def compare(real: Tensor, drawn: Tensor, draws: int = 50, seed: int = 0) -> pd.DataFrame:
-    """Measures of samples, and of other real images as the floor, against half of the real ones: all in sets of n."""
-    halves, lines = halvings(real, drawn, draws, seed), []
-    pairs = [(measure(half, picked), measure(half, other)) for half, other, picked in halves]
+def compare(real: Tensor, drawn: Tensor, draws: int = 50, seed: int = 0, told: Callable = lambda *_: None):
+    """Measures of samples, and of other real images as the floor, against half of the real ones: all in sets of n.
+
+    ``told`` is given (halves done, halves in all) after every half.
+    """
+    pairs, lines = [], []
+    for done, (half, other, picked) in enumerate(halvings(real, drawn, draws, seed), 1):
+        pairs.append((measure(half, picked), measure(half, other)))
+        told(done, draws)
     for of, values in zip(("samples", "real"), zip(*pairs, strict=True), strict=True):
         lines += [{"of": of, "measure": name} | interval([each[name] for each in values]) for name in MEASURES]
     return pd.DataFrame(lines).assign(n=min(len(real) // 2, len(drawn)))
 
 
 def by_group(run: OpenRun, extract: Callable, split: str, count: int | None = None) -> Iterator[tuple]:
-    """(name, ``extract`` of real images (N, D), of ``count`` samples a class (M, D)) of all, each task, each class."""
+    """(name, ``extract`` of real images (N, D), of ``count`` samples a class (M, D)) of all, each task, each class.
+
+    The features lie on the run's device.
+    """
     if split not in ("train", "test"):
         raise LabError(f"split={split}: accepted is train or test.")
     if not run.generator.draws:
         raise LabError(f"The method {run.experiment.method} draws no samples: there is nothing to judge.")
-    images, order = getattr(run.context.dataset, split), run.context.classes
-    real = {cls: extract(images.of(cls).pixels) for cls in order}
-    drawn = {cls: extract(run.samples(cls, count)) for cls in order}
+    images, order, device = getattr(run.context.dataset, split), run.context.classes, run.runtime.device
+    real = {cls: extract(images.of(cls).pixels).to(device) for cls in order}
+    drawn = {cls: extract(run.samples(cls, count)).to(device) for cls in order}
     groups = {"all": order} | {f"task {k}": classes for k, classes in enumerate(run.tasks, 1)}
     for name, classes in (groups | {f"class {run.classes[cls]}": [cls] for cls in order}).items():
         yield name, torch.cat([real[cls] for cls in classes]), torch.cat([drawn[cls] for cls in classes])
@@ -130,11 +141,44 @@ def features(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
     return torch.cat(seen)
 
 
+def stored(run: OpenRun, about: dict, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table of a run's quality: from ``quality.json`` in its folder, or made, and kept there.
+
+    It is known by ``about`` and by the samples it judges; a run that draws nothing is left to ``make`` to refuse.
+    """
+    file, known = run.run.folder / "quality.json", {}
+    keys = {cls: sample_artefact(run.context, run.source(cls), cls).key for cls in run.known}
+    key = key_of({"version": __version__, "samples": keys} | about)
+    with suppress(LabError):  # missing or damaged
+        known = read_json(file) if file.exists() else {}
+    if key not in known:
+        known[key] = make().to_dict("records")
+        with suppress(LabError):  # a run in a folder that may only be read is judged all the same
+            write_json(file, known)
+    return pd.DataFrame(known[key])
+
+
+def telling(run: OpenRun, name: str) -> Callable[[int, int], None]:
+    """What reports the halves done of one group of classes as events of the run."""
+    begun = time.monotonic()
+
+    def told(done: int, of: int) -> None:
+        seconds = time.monotonic() - begun
+        run.runtime.report({"event": "quality", "group": name, "done": done, "of": of, "seconds": seconds})
+
+    return told
+
+
 def classifier_quality(run: OpenRun, draws: int = 50, split: str = "train") -> pd.DataFrame:
     """``compare`` for every group of classes, on classifier features: they know split train (``unseen``), not test."""
-    groups = by_group(run, lambda pixels: features(run.judge, pixels), split)
-    table = pd.concat({name: compare(x, y, draws, run.experiment.seed) for name, x, y in groups}, names=["group"])
-    return table.droplevel(1).reset_index().assign(features="classifier features", split=split)
+
+    def make() -> pd.DataFrame:
+        groups, seed = by_group(run, lambda pixels: features(run.judge, pixels), split), run.experiment.seed
+        tables = {name: compare(x, y, draws, seed, telling(run, name)) for name, x, y in groups}
+        return pd.concat(tables, names=["group"]).droplevel(1).reset_index().assign(**about)
+
+    about = {"features": "classifier features", "split": split}
+    return stored(run, about | {"draws": draws}, make)
 
 
 def unseen(run: OpenRun, draws: int = 50) -> pd.DataFrame:
@@ -156,8 +200,8 @@ def decay(run: OpenRun, draws: int = 50) -> pd.DataFrame:
 
 def nearest(real: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """(root mean square distance in grey levels (M,), index (M,)) of the real image nearest to each drawn one."""
-    distance, index = distances(drawn.flatten(1), real.flatten(1)).min(1)
-    return distance / drawn[0].numel() ** 0.5, index
+    distance, index = neighbours.nearest(drawn.flatten(1), real.flatten(1))
+    return distance[:, 0] / drawn[0].numel() ** 0.5, index[:, 0]
 
 
 def memorisation(train: Tensor, test: Tensor, drawn: Tensor) -> dict[str, float]:
