@@ -4,10 +4,12 @@
 """
 
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
 from funlora_lab.adapters import Adapters, Row
@@ -151,6 +153,21 @@ class OpenRun:
         after = {event["task"]: event["recognition"] for event in self.accuracies}
         table = pd.DataFrame(after, index=[str(cls) for cls in self.context.classes], dtype=float)
         return table.set_axis([self.classes[cls] for cls in self.context.classes])
+
+    def tune_class(self, word: str | int, images: Tensor) -> "OpenRun":
+        """This run with one class trained on, from its row, on new images uint8 (N, C, H, W) (Sec. 4.2 of the paper).
+
+        The stored run does not change, nor does any other class of the one returned; ``export_class`` of that writes
+        the tuned class as a file. A stopped training resumes, a finished one answers from the store.
+        """
+        cls, e = self._own_row(word), self.experiment
+        accepted = (e.channels, e.image_size, e.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != accepted or not len(images):
+            found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
+            raise LabError(f"Images {found}: accepted are one or more of uint8 (N, {', '.join(map(str, accepted))}).")
+        tuned = copy(self)
+        tuned.generator = self.generator.tuned(cls, images)
+        return tuned
 
     def export_class(self, word: str | int, path: Path) -> Path:
         """Write one class, by name or index, as a file that ``import_class`` of another run over this base takes."""

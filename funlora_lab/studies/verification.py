@@ -109,6 +109,18 @@ def verify(run: Run, device: torch.device | None = None) -> Verification:
     return found
 
 
+def compare_runs(run: OpenRun, other: OpenRun) -> Verification:
+    """Everything that certificates speak of, as it stands in two opened runs over one base: which of it differs?
+
+    Made for a run and the one that ``tune_class`` returns; classes that only one of the two knows are left out.
+    """
+    now, then = (certify(each.context, each.generator, len(each.tasks) - 1) for each in (run, other))
+    now["classes"] = {cls: entry for cls, entry in now["classes"].items() if cls in then["classes"]}
+    found = Verification(run.run.folder)
+    _compare(found, now, dict.fromkeys([None, *now["classes"]], then), "that of the other run")
+    return found
+
+
 def _compare(found: Verification, now: Event, then: dict[str | None, Event], against: str, exact: bool = True) -> None:
     """Compare the certificate ``now`` with the one that ``then`` holds for each class, and for the backbone (None)."""
     for cls, what, mine in _entries(now):

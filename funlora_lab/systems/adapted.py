@@ -1,6 +1,7 @@
 """FunLoRA and the compared adapters: a frozen base, and one row of numbers for every later class (Algorithm 1)."""
 
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from funlora_lab.adapters import METHODS, Adapters, stack, unstack
 from funlora_lab.seeds import Shuffle, stream
-from funlora_lab.store import Artefact, canonical, read_json, write_atomically
+from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
 from funlora_lab.systems.generator import Batch, Source
 from funlora_lab.systems.network import WholeNetwork, meta_unet, noisy_batch
 from funlora_lab.training import Plan, Trainer, autocast
@@ -37,6 +38,24 @@ class AdaptedBase(WholeNetwork):
         self._make(classes)
         self._take(classes)
 
+    def tuned(self, cls: int, pixels: Tensor) -> "AdaptedBase":
+        """This generator with one class trained on from its row, on other images uint8 (N, C, H, W) (Sec. 4.2).
+
+        Every other class keeps its row. The training is a new one, as long as the first: Adam, rate and average begin
+        anew. It is known by the row it goes on from and by the images; what was interrupted resumes.
+        """
+        after, other = self.keys[cls], copy(self)
+        artefact = self.artefact_of(cls, data=fingerprint({"pixels": pixels})[:16], after=after)
+
+        def make() -> None:
+            trainer = self.adapter_trainer(artefact, [cls], [pixels], [self.rows[cls]], "tuned", after)
+            rows, facts = trainer.fit()
+            artefact.finish(unstack(rows, 1)[0], **facts, cls=cls)
+
+        self.context.ready(artefact, make)
+        other.rows, other.keys = self.rows | {cls: artefact.result()[0]}, self.keys | {cls: artefact.key}
+        return other
+
     def groups(self, task: int) -> list[list[int]]:
         """The classes of a later task in groups trained side by side; tasks that follow fill the lanes left over."""
         classes = self.context.tasks[task]
@@ -49,11 +68,14 @@ class AdaptedBase(WholeNetwork):
         super().adopt(net, key, labels)
         self.adapters = Adapters(self.net, self.context.experiment)
 
-    def artefact_of(self, cls: int) -> Artefact:
-        """One class's adapter: independent of other classes, of their order and of their grouping."""
+    def artefact_of(self, cls: int, **other) -> Artefact:
+        """One class's adapter: independent of other classes, of their order and of their grouping.
+
+        ``other``: what a class that is tuned again depends on besides, or instead.
+        """
         e, method = self.context.experiment, METHODS[self.context.experiment.method]
         given = {"method": method.identity(e), "training": asdict(e.adapter) | {"lr": method.rate_of(e)}}
-        return self.context.store.artefact("adapter", base=self.key, cls=cls, **self.context.inputs | given)
+        return self.context.store.artefact("adapter", base=self.key, cls=cls, **self.context.inputs | given | other)
 
     def _take(self, classes: list[int]) -> None:
         for cls in classes:
@@ -97,18 +119,22 @@ class AdaptedBase(WholeNetwork):
                     artefact.log(event)
             artefact.finish(rows[cls], **facts, cls=cls)
 
-    def adapter_trainer(self, group: Artefact, classes: list[int]) -> Trainer:
-        """The training of K classes side by side: every class has its own images, random stream and average."""
+    def adapter_trainer(self, group: Artefact, classes: list[int], pixels=None, rows=None, *key: str) -> Trainer:
+        """The training of K classes side by side: every class has its own images, random stream and average.
+
+        ``pixels`` and ``rows`` are other images and starts than the run's; ``key`` then names the random streams.
+        """
         e, device, adapters = self.context.experiment, self.context.runtime.device, self.adapters
-        K, N, rate = len(classes), e.adapter.batch, adapters.method.rate_of(e)
-        pixels = [self.context.dataset.train.of(cls).pixels.to(device) for cls in classes]
-        shuffles = [Shuffle(len(own), e.seed, "adapter", cls) for cls, own in zip(classes, pixels, strict=True)]
-        rows = stack([adapters.start(cls) for cls in classes])
-        parameters = {name: value.to(device).requires_grad_() for name, value in rows.items()}
+        K, N, rate, key = len(classes), e.adapter.batch, adapters.method.rate_of(e), key or ("adapter",)
+        pixels = pixels or [self.context.dataset.train.of(cls).pixels for cls in classes]
+        pixels = [own.to(device) for own in pixels]
+        shuffles = [Shuffle(len(own), e.seed, *key, cls) for cls, own in zip(classes, pixels, strict=True)]
+        started = stack(rows or [adapters.start(cls) for cls in classes])
+        parameters = {name: value.to(device).requires_grad_() for name, value in started.items()}
 
         def loss_at(step: int) -> Tensor:
             batches = [
-                noisy_batch(own, shuffle.batch(step, N), e.flip, stream(e.seed, "adapter", cls, step, device=device))
+                noisy_batch(own, shuffle.batch(step, N), e.flip, stream(e.seed, *key, cls, step, device=device))
                 for cls, own, shuffle in zip(classes, pixels, shuffles, strict=True)
             ]
             batch = Batch(*(torch.stack([b[i] for b in batches], 1).flatten(0, 1) for i in range(3)))  # (N*K, ...)
