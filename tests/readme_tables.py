@@ -1,0 +1,176 @@
+"""The results in the README, written from the stored files in figures/: nothing there is typed.
+
+    python tests/readme_tables.py     rewrites every block between <!-- NAME --> and <!-- end NAME --> in README.md
+
+A block that a stored file no longer supports (a row is gone, say) ends in an error that names the file and the row.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from funlora_lab.adapters import METHODS
+from funlora_lab.presets import preset
+from funlora_lab.studies import ledger, published
+from funlora_lab.systems import meta_unet
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FIGURES = ROOT / "figures"
+BLOCK = re.compile(r"<!-- ([a-z][\w-]*) -->(.*?)<!-- end \1 -->", re.DOTALL)
+HEAD = "| method | LA | AIA | PPC | recognition | held-out flow loss |\n|---|---|---|---|---|---|"
+
+
+def results(name: str) -> dict[str, dict]:
+    """Method -> what its run reported, of the runs behind notebook 01."""
+    return {r["method"]: r for r in json.loads((FIGURES / name / "results.json").read_text())["01 seed 0"]}
+
+
+class Table:
+    """A table that a notebook kept, ``figures/digits/<name>``, by row and column; numbers are taken as they stand."""
+
+    def __init__(self, name: str):
+        self.name, self.path = name, FIGURES / "digits" / f"{name}.csv"
+        self.frame = pd.read_csv(self.path, index_col=0, dtype=str)
+        self.caption = self.path.with_suffix(".md").read_text().splitlines()[0]
+
+    def of(self, row: str, column: str = "flow loss") -> str:
+        """The mean in a cell, without its spread."""
+        if row not in self.frame.index or column not in self.frame.columns:
+            raise SystemExit(f"{self.path} has no row '{row}' with a column '{column}'.")
+        return self.frame.loc[row, column].partition(" ±")[0]
+
+    def sorted(self, names: dict[str, str], column: str = "flow loss") -> str:
+        """Rows with their numbers, lowest first: ``names`` is the row's name in the text -> its name in the table."""
+        found = {name: self.of(row, column) for name, row in names.items()}
+        return ", ".join(f"{name} {found[name]}" for name in sorted(found, key=lambda name: float(found[name])))
+
+    @property
+    def link(self) -> str:
+        return f"[{self.name}](figures/digits/{self.name}.md)"
+
+
+def methods(name: str) -> str:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    lines = [HEAD]
+    for r in results(name).values():
+        cells = [*map(shown, (r["LA"], r["AIA"])), f"{r['PPC']:,}" if r["method"] in METHODS else "all weights"]
+        lines.append(" | ".join([f"| {r['method']}", *cells, shown(r["recognition"]), f"{shown(r['flow_loss'])} |"]))
+    return "\n".join(lines)
+
+
+def time() -> str:
+    r = results("digits")["funlora"]
+    return f"about {r['seconds'] / 60:.0f} minutes on {r['provenance']['threads']} CPU cores"
+
+
+def digits() -> str:
+    r = results("digits")["funlora"]
+    about = f"One row of {r['PPC']:,} numbers a class, drawn from the same noise after every task: the columns repeat\n"
+    about += f"because nothing changed. Seed 0 on digits, {r['provenance']['device'].partition(' ')[0].upper()}"
+    return f"{about} (notebook 01, [`results.json`](figures/digits/results.json)):\n\n{methods('digits')}"
+
+
+def tiny() -> str:
+    e, paper, r = preset("cifar10-tiny"), preset("cifar10"), results("cifar10-tiny")["funlora"]
+    weights = sum(value.numel() for name, value in meta_unet(e).named_parameters() if name != "label_emb.weight") / 1e6
+    return f"""\
+Photographs, on {r["provenance"]["threads"]} CPU cores: `cifar10-tiny` is CIFAR10 at {e.image_size} x {e.image_size} pixels, re-encoded as JPEG, with a
+U-Net of {weights:.2f} M weights, {e.base.images:,} images for the base (the paper: {paper.base.images:,}) and {e.adapter.images:,} for a class
+({paper.adapter.images:,}). It says how methods compare on photographs, not what the paper's setting reaches. One seed
+([`results.json`](figures/cifar10-tiny/results.json), made by version {r["provenance"]["versions"]["funlora-lab"]}, whose held-out times were less evenly spread):
+
+{methods("cifar10-tiny")}"""  # noqa: E501
+
+
+def verdict(holds: bool, but: str = "") -> str:
+    return f"**{'holds' if holds else 'does not hold'}{but}**"
+
+
+def findings() -> str:
+    functions, operations, ranks = Table("03-functions"), Table("03-operations"), Table("03-ranks")
+    windows, compared, ratios = Table("02-windows"), Table("06-methods"), Table("06-ratios")
+    captions = [table.caption for table in (functions, operations, windows, compared, ratios)]
+    ((name, seeds),) = {re.search(r"Preset (\S+):.* n = (\d+) seed", caption).groups() for caption in captions}
+    own, found = preset(name).window, {}
+
+    largest = {row: float(ranks.of(row, "max")) for row in published.RANKS}
+    theirs = ", ".join(f"{rank} by {row}" for row, rank in published.RANKS.items())
+    ours = ", ".join(f"{rank:.0f} by {row}" for row, rank in largest.items())
+    ordered = largest["cosine"] > largest["shift"] > largest["power"] > float(ranks.of("vanilla mul", "max"))
+    found[f"the functions raise the rank of F: up to {theirs}"] = ordered, "", f"up to {ours}", ranks
+
+    kinds = {"learned": "cosine, learned", "frozen": "cosine, frozen"}
+    kinds |= {row: row for row in ("shift", "vanilla mul", "power, learned", "vanilla add")}
+    losses, best = functions.sorted(kinds), max(kinds.values(), key=lambda row: float(functions.of(row, "LA %")))
+    but = " by loss" + (", not by LA" if best != "cosine, learned" else " and by LA")
+    scores = f"LA {functions.of('cosine, learned', 'LA %')} %, best {functions.of(best, 'LA %')} % ({best})"
+    holds = losses.startswith("learned ")
+    found["the learned cosine is best"] = holds, but if holds else "", f"loss: {losses}; {scores}", functions
+
+    starts = functions.sorted({"literal": "cosine, learned, literal start", "identity": "cosine, learned"})
+    equal = functions.of("cosine, learned, equal start")
+    text = f"loss by first ponderations: {starts}; all equal {equal}"
+    found["training starts at the identity"] = starts.startswith("identity"), "", text, functions
+
+    rows = {row: float(operations.of(row, "LA %")) for row in operations.frame.index}
+    holds = rows["add, literal start"] < 0.5 * rows["mul"] and rows["mul-add, literal start"] > 0.9 * rows["mul"]
+    text = "LA %: " + ", ".join(f"{row} {value:.1f}" for row, value in rows.items())
+    found["`add` collapses, `mul-add` does not"] = holds, "", text, operations
+
+    everywhere = max(windows.frame.index, key=lambda row: int(row.split("-")[1]) - int(row.split("-")[0]))
+    worst = max(windows.frame.index, key=lambda row: float(windows.of(row)))
+    places = {"all layers": everywhere, f"the window {own}": own, f"the worst, {worst},": worst}
+    lost = float(windows.of(everywhere, "LA %")) - float(windows.of(own, "LA %"))
+    text = f"{lost:.1f} points of LA; loss: {windows.sorted(places)}"
+    found["adapting the middle decoder alone costs about 2 points"] = lost <= 2, "", text, windows
+
+    others = {"FunLoRA": "funlora", "LoRA Conv2d v2": "lora-conv-v2", "LoRA Conv2d v1": "lora-conv-v1"}
+    others |= {"scale and shift": "scale-shift", "KML": "kml", "LoRA on attention": "lora-attention"}
+    losses = compared.sorted(others | {"the label embedding alone": "label-embedding"})
+    found["other adapters are worse"] = losses.startswith("FunLoRA"), "", f"loss: {losses}", compared
+
+    scores = {ratio: ratios.of(ratio, "LA %") for ratio in ratios.frame.index}
+    lost = float(scores["1"]) - float(scores["16"])
+    text = f"{lost:.1f} points of LA; LA % by ratio: " + ", ".join(f"{r}: {value}" for r, value in scores.items())
+    found["ratio 16 costs only 6 points"] = lost <= 6, "", text, ratios
+
+    lines = [f"| {words} | {verdict(*which)}: {text} | {t.link} |" for words, (*which, text, t) in found.items()]
+    about = f"What the paper finds, and the tables of `{name}`, means over {seeds} seeds (notebooks 02, 03 and 06); *loss*\n"
+    about += "is that of held-out images, best first. What does not hold here stands as plainly as what does:"
+    return "\n".join([about, "", "| finding of the paper | on digits | table |", "|---|---|---|", *lines])
+
+
+def counted() -> str:
+    counts = ledger.of_paper()
+    two = counts[(counts["row"] == "ratio 2") & (counts["measure"] == "PPC")].iloc[0]
+    return f"{two['paper']} for ratio 2 (the formula gives {two['ours']:,})"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "time": time, "digits": digits, "findings": findings, "tiny": tiny, "counted": counted
+}  # fmt: skip
+
+
+def written(text: str) -> str:
+    """The README with every block made anew; a block inside a sentence stays on its line."""
+
+    def block(match: re.Match) -> str:
+        name, old = match.groups()
+        around = "\n\n" if old.startswith("\n") else ""
+        return f"<!-- {name} -->{around}{BLOCKS[name]()}{around}<!-- end {name} -->"
+
+    return BLOCK.sub(block, text)
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    README.write_text(after := written(before))
+    print("README.md is as it was." if before == after else "README.md is rewritten: look at `git diff README.md`.")
+    sys.exit(0)
