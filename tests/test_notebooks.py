@@ -85,6 +85,13 @@ def test_every_notebook_runs_headless(smoke_copies):
     assert [copy.name for copy in copies] == [notebook.name for notebook in NOTEBOOKS]
 
 
+def test_every_figure_says_in_words_what_it_shows(smoke_copies):
+    outputs = [output for copy in smoke_copies[1] for cell in code_cells(copy) for output in cell.outputs]
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(figures) > 15
+    assert all(len(output.metadata["image/png"]["alt"]) > 5 for output in figures)
+
+
 @pytest.mark.heavy
 def test_a_second_execution_gives_the_same_numbers(smoke_copies):
     home, copies = smoke_copies

@@ -183,8 +183,9 @@ def test_the_table_of_a_run_has_every_class_and_task_and_never_says_fid(table):
     assert len(quality.wide(table)) == 2 * 14
     whole = table.set_index(["group", "of", "measure"])["value"]
     assert whole["all", "real", "Frechet"] < whole["all", "samples", "Frechet"]
-    panels = quality.plot_bars({"FunLoRA": table}).axes
-    assert [axis.get_title() for axis in panels] == list(quality.MEASURES)
+    panels = quality.plot_bars({"FunLoRA": table}, ["all", "task 3"]).axes
+    assert [axis.get_title().split()[0] for axis in panels] == list(quality.MEASURES)
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["all", "task 3"]
 
 
 def test_unseen_real_images_are_nearer_than_untrained_samples(run, table):
@@ -203,7 +204,8 @@ def test_the_decay_table_of_a_frozen_base_is_flat(run):
 
 
 def test_pictures_of_recognition_and_neighbours(run):
-    (axis,) = quality.plot_recognition({"FunLoRA": run.recognition}).axes
+    axis, scale = quality.plot_recognition({"FunLoRA": run.recognition}).axes
+    assert scale.get_ylabel() == "share recognised"
     learned = run.recognition.notna().to_numpy().sum()
     assert len(axis.texts) == learned == 6 + 8 + 10  # blank before a class is learned
     train, drawn = run.context.dataset.train.of(8).pixels, run.samples(8, 4)

@@ -109,7 +109,11 @@ def plot_tables(table: pd.DataFrame) -> plots.Drawing:
     names = fixed["solver"] + "\n" + fixed["setting"] + fixed["evaluations"].map(" ({:g})".format)
     ours = 100 * fixed.assign(name=names).pivot(index="images", columns="name", values="LA")[names.unique()]
     height = 0.34 * max(len(ours), len(theirs)) + 1.9
-    return plots.heatmaps({"paper, CIFAR100, RK4": theirs, "ours": ours}, 12, height, "{:.1f}")[0]
+    both = {"paper, CIFAR100, RK4": theirs, "ours": ours}
+    figure, axes = plots.heatmaps(both, 13, height, "{:.1f}", unit="LA, per cent")
+    axes[0].set(xlabel="steps (evaluations an image)", ylabel="images drawn / real images")
+    axes[1].set(xlabel="solver, its steps (evaluations an image)", ylabel="images drawn a class")
+    return figure
 
 
 def plot_front(table: pd.DataFrame, front: pd.DataFrame, cost: str, gain: str, xlabel: str) -> plots.Drawing:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, average_accuracies
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import PRESETS
 from funlora_lab.store import checkout, key_of, make_folder, update_json, write_atomically
-from funlora_lab.studies import plots
+from funlora_lab.studies import plots, sweeps
 
 UNFINISHED = ".pictures"  # lies in a run's folder while its pictures are drawn
 
@@ -44,8 +45,20 @@ def results(experiment: Experiment, name: str, records: list[dict]) -> None:
     update_json(folder(experiment) / "results.json", lambda known: known | {name: records})
 
 
+def scores(runs: dict[str, OpenRun]) -> pd.DataFrame:
+    """What runs reported, by name, as text: a PPC only where a class has numbers of its own, and no empty numbers."""
+    digits = {"LA": 4, "AIA": 4, "recognition": 4, "flow_loss": 4, "seconds": 0}
+    lines = {}
+    for name, run in runs.items():
+        r = run.results
+        known = {m: sweeps.NOT_MEASURED if r[m] is None else f"{r[m]:.{n}f}" for m, n in digits.items()}
+        lines[name] = {"PPC": f"{r['PPC']:,}" if run.experiment.method in METHODS else "all weights"} | known
+    return pd.DataFrame(lines).T
+
+
 def table(frame: pd.DataFrame, experiment: Experiment, name: str, caption: str) -> pd.DataFrame:
     """Save a table as ``<name>.md``, ``.csv`` and ``.tex`` in the experiment's folder of figures; hand it back."""
+    caption += " ±: standard deviation over seeds." if "±" in frame.to_csv() else ""
     for ending, text in (("md", markdown(frame, caption)), ("csv", frame.to_csv()), ("tex", latex(frame, caption))):
         write_atomically(folder(experiment) / f"{name}.{ending}", text.encode())
     return frame

@@ -26,7 +26,14 @@ class Drawing(Figure):
         Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
         return small.getvalue()
 
-    _repr_png_ = png
+    def words(self) -> str:
+        """What the figure shows, in its own words: the titles and labels of its axes, and its legend."""
+        said = [text.get_text() for axis in self.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]
+        said += [text.get_text() for legend in self.legends for text in legend.get_texts()]
+        return "; ".join(dict.fromkeys(filter(None, (" ".join(words.split()) for words in said)))) or "a figure"
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        return self.png(), {"alt": self.words()}
 
 
 def drawing(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs) -> tuple[Drawing, np.ndarray]:
@@ -69,20 +76,32 @@ def bands(frames: dict[str, pd.DataFrame], x: str, y: str, labels: tuple[str, st
     return figure
 
 
-def dots(table: pd.DataFrame, panels: dict[str, str]) -> Drawing:
-    """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation."""
-    rows = np.arange(len(table))
+def dots(table: pd.DataFrame, panels: dict[str, str], marked: str = "funlora") -> Drawing:
+    """Rows of a summary on y, one panel a measure (``panels``: measure -> label), mean with standard deviation.
+
+    The row ``marked``, if there is one, stands out.
+    """
+    rows, own = np.arange(len(table)), table.index == marked
     figure, axes = drawing(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
     for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
-        axis.errorbar(table[measure], rows, xerr=table.get(f"{measure} sd"), capsize=3, ls="none", **style(0, 5))
+        for i, some in enumerate((~own, own)):
+            part, spread = table[some], f"{measure} sd" if f"{measure} sd" in table else None
+            axis.errorbar(part[measure], rows[some], xerr=spread and part[spread], capsize=3, ls="none", **style(i, 5))
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=3)
     axes[0, 0].set(yticks=rows, yticklabels=table.index, ylim=(len(rows) - 0.5, -0.5))
+    for label in np.array(axes[0, 0].get_yticklabels())[own]:
+        label.set(fontweight="bold", color=COLOURS[1])
     return figure
 
 
-def heatmaps(tables: dict[str, pd.DataFrame], width: float, height: float, form="{:.2f}", least=-np.inf, **scale):
-    """(figure, axes): tables by title, with the numbers from ``least`` up written in; ``scale``: vmin, vmax of all."""
+def heatmaps(
+    tables: dict[str, pd.DataFrame], width: float, height: float, form="{:.2f}", least=-np.inf, unit="", **scale
+):
+    """(figure, axes): tables by title, with the numbers from ``least`` up written in; ``scale``: vmin, vmax of all.
+
+    ``unit`` is what the numbers count: with it every table has its scale of colours beside it.
+    """
     figure, axes = drawing(width, height, 1, len(tables), width_ratios=[table.shape[1] for table in tables.values()])
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         values = table.to_numpy(float)
@@ -95,6 +114,8 @@ def heatmaps(tables: dict[str, pd.DataFrame], width: float, height: float, form=
             if value >= least:
                 colour = "white" if image.norm(value) > 0.6 else INK
                 axis.text(j, i, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+        if unit:
+            figure.colorbar(image, ax=axis, label=unit, pad=0.02).outline.set_visible(False)
     return figure, axes[0]
 
 
@@ -152,12 +173,39 @@ def accuracy_per_task(averages: dict[str, Sequence[float | None]]) -> Drawing:
     return figure
 
 
+def distance_per_task(averages: dict[str, Sequence[float | None]], bound: str) -> Drawing:
+    """How many points each name's A_k of Eq. 22 lies below that of ``bound``, by task; above 1 on a log scale.
+
+    Accuracies that coincide at the top of a scale from 0 to 1 are told apart here.
+    """
+    figure, axis = chart(7.4, 3.7, "task", f"points below {bound}")
+    best = 100 * np.array(averages[bound], float)
+    axis.axhline(0, color=GREY, linewidth=1)
+    for i, (name, values) in enumerate((name, values) for name, values in averages.items() if name != bound):
+        below = best - 100 * np.array(values, float)
+        axis.plot(range(1, len(below) + 1), below, **style(i, 5, label=name))
+        axis.annotate(f"{below[-1]:.1f}", (len(below), below[-1]), (7, -3), textcoords="offset points", fontsize=8)
+    axis.set_yscale("symlog", linthresh=1, linscale=0.6)
+    ticks = [-10, -1, 0, 1, 2, 5, 10, 20, 50, 100]
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set(xticks=range(1, len(best) + 1), xmargin=0.08)
+    axis.invert_yaxis()
+    legend(figure)
+    return figure
+
+
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Drawing:
-    """Confusion matrix: rows are true classes, columns what the classifier said, in per cent of the row."""
-    counts, size = np.asarray(counts, float), 0.42 * len(names)
-    share = pd.DataFrame(100 * counts / counts.sum(1, keepdims=True).clip(1), names, names)
+    """Confusion matrix in images: rows are true classes, columns what the classifier said; colours show the errors."""
+    counts, size = pd.DataFrame(np.asarray(counts, float), names, names), 0.42 * len(names)
+    errors = counts.mask(np.eye(len(names), dtype=bool))
     least = 0.5 if len(names) <= 20 else np.inf
-    figure, (axis,) = heatmaps({"": share}, size + 1.8, size + 1.2, "{:.0f}", least, vmin=0, vmax=100)
-    axis.set(xlabel="classifier's answer", ylabel="true class")
+    most = max(1.0, errors.max(axis=None))
+    figure, (axis,) = heatmaps({"": errors}, size + 2.4, size + 1.2, "{:.0f}", least, "images", vmin=0, vmax=most)
+    for i, count in enumerate(np.diag(counts) if least < np.inf else ()):
+        axis.text(i, i, f"{count:.0f}", ha="center", va="center", fontsize=7, color=GREY)
+    axis.set(xlabel="classifier's answer", ylabel="true class", facecolor=GRID)
     axis.tick_params("x", rotation=0 if max(map(len, names)) < 3 else 60)
     return figure

@@ -222,23 +222,24 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(text=texts).pivot_table("text", keys, "measure", "first", sort=False).rename_axis(columns=None)
 
 
-def plot_bars(tables: dict[str, pd.DataFrame]) -> plots.Drawing:
+def plot_bars(tables: dict[str, pd.DataFrame], groups: Sequence[str]) -> plots.Drawing:
     """A panel a measure, a group of classes a line: one point with its interval a source, real halves as the floor."""
     first = next(iter(tables.values()))
-    groups = list(dict.fromkeys(first["group"]))
     sources = {"other real images": first[first["of"] == "real"]}
     sources |= {name: table[table["of"] == "samples"] for name, table in tables.items()}
-    figure, axes = plots.drawing(3.0 * len(MEASURES) + 0.9, 0.3 * len(groups) + 1.3, 1, len(MEASURES), sharey=True)
+    figure, axes = plots.drawing(11.5, 0.75 * len(groups) + 1.3, 1, len(MEASURES), sharey=True)
     for axis, measure in zip(axes[0], MEASURES, strict=True):
         for i, (name, table) in enumerate(sources.items()):
-            part = table[table["measure"] == measure].set_index("group").loc[groups]
+            part = table[table["measure"] == measure].set_index("group").loc[list(groups)]
             rows = np.arange(len(groups)) + 0.56 * (i / (len(sources) - 1) - 0.5)
-            look = plots.style(i, 4, label=name, ls="none") | {"color": plots.COLOURS[i - 1] if i else plots.GREY}
+            look = plots.style(i, 5, label=name, ls="none") | {"color": plots.COLOURS[i - 1] if i else plots.GREY}
             axis.errorbar(part["value"], rows, xerr=(part[["low", "high"]].T - part["value"]).abs(), **look)
-        axis.set_title(measure, fontsize=10)
+        axis.set_title(
+            f"{measure} ({'higher' if measure in ('precision', 'recall') else 'lower'} is better)", fontsize=9
+        )
         axis.locator_params(axis="x", nbins=4)
-    axes[0, 0].set(yticks=range(len(groups)), yticklabels=groups)
-    axes[0, 0].invert_yaxis()
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set(yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
     plots.legend(figure, "outside lower center", fontsize=8, ncols=len(sources))
     return figure
 
@@ -255,8 +256,9 @@ def plot_neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]])
 
 def plot_recognition(tables: dict[str, pd.DataFrame]) -> plots.Drawing:
     """A heatmap a method: recognition of every class (rows) after every task (columns), blank before it is learned."""
-    least, size = min(table.min(axis=None) for table in tables.values()), max(map(len, tables.values()))
-    figure, axes = plots.heatmaps(tables, 3.2 * len(tables) + 0.6, 0.29 * size + 1.1, vmin=least, vmax=1)
+    least = min(table.min(axis=None) for table in tables.values())
+    size = 3.9 * len(tables) + 0.6, 0.29 * max(map(len, tables.values())) + 1.1
+    figure, axes = plots.heatmaps(tables, *size, unit="share recognised", vmin=least, vmax=1)
     for axis in axes:
         axis.set_xlabel("after task")
         axis.tick_params("y", labelleft=axis is axes[0])

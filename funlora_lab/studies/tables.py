@@ -159,8 +159,8 @@ def plot_rates(frame: pd.DataFrame) -> plots.Drawing:
 def plot_cost_and_score(summary: pd.DataFrame, measure: str, label: str) -> plots.Drawing:
     """Parameters a class (log x) against a measure with its spread, one labelled point a row."""
     figure, axis = plots.chart(6.6, 3.8, "parameters per class", label)
-    for i, (row, line) in enumerate(summary.sort_values("PPC").iterrows()):
-        axis.errorbar(line["PPC"], line[measure], line.get(f"{measure} sd"), **plots.style(i, 6, capsize=3))
+    for row, line in summary.sort_values("PPC").iterrows():
+        axis.errorbar(line["PPC"], line[measure], line.get(f"{measure} sd"), **plots.style(0, 6, capsize=3))
         axis.annotate(row, (line["PPC"], line[measure]), (6, 4), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", xmargin=0.12)
     axis.set_xticks(counts := sorted(set(summary["PPC"])), [f"{count:,.0f}" for count in counts], fontsize=8)
