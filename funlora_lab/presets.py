@@ -62,6 +62,8 @@ _preset(
     classifier=resnet18 classifier_epochs=30 classifier_batch=100 classifier_lr=0.1 crop=4 log_every=500
     """,
 )
+# the supplement's base, first trained on the pictures of COCO without their labels, on as many images as task 1
+_preset("cifar10-coco", "pretrain_root=data/coco", like="cifar10")
 _preset(  # photographs without a GPU: a quarter of the pixels and of the channels, and far fewer images seen
     "cifar10-tiny",
     """

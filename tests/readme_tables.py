@@ -142,8 +142,8 @@ def findings() -> str:
     found["ratio 16 costs only 6 points"] = lost <= 6, "", text, ratios
 
     lines = [f"| {words} | {verdict(*which)}: {text} | {t.link} |" for words, (*which, text, t) in found.items()]
-    about = f"What the paper finds, and the tables of `{name}`, means over {seeds} seeds (notebooks 02, 03 and 06); *loss*\n"
-    about += "is that of held-out images, best first. What does not hold here stands as plainly as what does:"
+    about = f"What the paper finds, and the tables of `{name}`, means over {seeds} seeds (notebooks 02, 03 and 06);\n"
+    about += "*loss* is that of held-out images, best first. What does not hold here stands as plainly as what does:"
     return "\n".join([about, "", "| finding of the paper | on digits | table |", "|---|---|---|", *lines])
 
 

@@ -13,7 +13,7 @@ from funlora_lab import LabError, open_run, preset
 from funlora_lab.__main__ import main
 from funlora_lab.experiment import Experiment
 from funlora_lab.store import Run, read_json
-from funlora_lab.studies import cost, keep, plots, published, sweeps, tables
+from funlora_lab.studies import cost, keep, plots, pretraining, published, sweeps, tables
 from funlora_lab.systems import SYSTEMS
 
 TINY = preset("smoke").but(
@@ -237,3 +237,22 @@ def test_bad_words_are_refused_before_anything_runs(words, message, tmp_path, ca
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
+
+
+def test_a_base_trained_first_on_unlabelled_pictures_stands_beside_the_plain_one():
+    small = preset("smoke").but(score_after="last", base_images=64, adapter_images=32, pretrain_images=0)
+    base = pretraining.rehearsed(small)
+    assert pretraining.rehearsed(small) == base
+    assert preset("cifar10") == pretraining.rehearsed(preset("cifar10")), "only digits rehearse"
+    wanted = tables.cells(["coco"], base, [0])
+    names = ["FunLoRA", "FunLoRA, COCO", "FunLoRA, 10x samples", "FunLoRA, COCO, 10x samples"]
+    assert [cell.row for cell in wanted] == names
+    sweeps.perform(wanted[:2], "cpu")
+    runs = {row: sweeps.open_row(wanted[:2], row, "cpu")[0] for row in names[:2]}
+    assert runs["FunLoRA, COCO"].context.dataset.unlabelled.unique(dim=0).shape == (600, 1, 8, 8)
+    assert [len(run.losses("pretrain")) for run in runs.values()] == [0, 1]
+    table = pretraining.table(sweeps.readable(sweeps.summary(sweeps.collect(wanted)), ["LA"]))
+    assert table["pre-trained"].tolist() == ["no", "yes", "no", "yes"]
+    assert table["LA %"].str.fullmatch(r"\d+\.\d|not run").all()
+    alone = pretraining.table(sweeps.readable(sweeps.summary(sweeps.collect(tables.cells(["coco"], small, [0])))))
+    assert alone.loc["FunLoRA, COCO", "LA %"] == pretraining.NOT_GIVEN

@@ -113,6 +113,7 @@ def plot_tables(table: pd.DataFrame) -> plots.Drawing:
     figure, axes = plots.heatmaps(both, 13, height, "{:.1f}", unit="LA, per cent")
     axes[0].set(xlabel="steps (evaluations an image)", ylabel="images drawn / real images")
     axes[1].set(xlabel="solver, its steps (evaluations an image)", ylabel="images drawn a class")
+    axes[1].tick_params("x", labelsize=8)
     return figure
 
 

@@ -207,5 +207,6 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Drawing:
     for i, count in enumerate(np.diag(counts) if least < np.inf else ()):
         axis.text(i, i, f"{count:.0f}", ha="center", va="center", fontsize=7, color=GREY)
     axis.set(xlabel="classifier's answer", ylabel="true class", facecolor=GRID)
+    figure.axes[-1].locator_params(axis="y", integer=True)
     axis.tick_params("x", rotation=0 if max(map(len, names)) < 3 else 60)
     return figure

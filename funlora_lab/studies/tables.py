@@ -16,6 +16,7 @@ from funlora_lab.experiment import Experiment, override
 from funlora_lab.presets import PRESETS, preset
 from funlora_lab.store import Run
 from funlora_lab.studies import plots, published
+from funlora_lab.studies.pretraining import coco
 from funlora_lab.systems import meta_unet
 from funlora_lab.unet import conv_layers, part_of
 
@@ -115,7 +116,7 @@ def growth(base: Experiment) -> Rows:
 
 
 # a table under the name of its function; a study of one's own adds to them
-TABLES = {table.__name__: table for table in (windows, functions, operations, ratios, methods, rates, growth)}
+TABLES = {table.__name__: table for table in (windows, functions, operations, ratios, methods, rates, growth, coco)}
 
 
 class Cell(NamedTuple):
