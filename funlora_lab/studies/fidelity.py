@@ -104,10 +104,8 @@ def inception_quality(run: OpenRun, weights=None, split="train", count: int | No
     def make() -> pd.DataFrame:
         rows = []
         for group, x, y in quality.by_group(run, features, split, count):
-            told, halves = quality.telling(run, group), []
-            for half, _, picked in quality.halvings(x, y, draws, 0):
-                halves.append(quality.measure(half, picked))
-                told(len(halves), draws)
+            pairs = quality.halvings(x, y, draws, 0, quality.telling(run, group))
+            halves = [quality.measure(half, picked) for half, _, picked in pairs]
             about = {"real images": len(x), "samples": len(y), "split": split} | protocol
             for measure, value in published_measures(x, y).items():
                 _, ours, least, most = MEASURES[measure]

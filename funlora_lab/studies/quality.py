@@ -75,9 +75,10 @@ def measure(real: Tensor, drawn: Tensor) -> dict[str, float]:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def halvings(real: Tensor, drawn: Tensor, draws: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def halvings(real: Tensor, drawn: Tensor, draws: int, seed: int, told: Callable = lambda *_: None) -> Iterator[tuple]:
     """``draws`` times a random half of the real features (N, D), the other half, and as many drawn ones (M, D).
 
+    ``told`` is given (halves done, ``draws``) whenever one is done with.
     Their spread estimates the standard error of a value for the whole set: the variance of a mean over half of N, given
     the N, is that of the mean over all N. Drawing with replacement would make copies, which break neighbourhoods.
     """
@@ -86,6 +87,7 @@ def halvings(real: Tensor, drawn: Tensor, draws: int, seed: int) -> Iterator[tup
         generator = stream(seed, "halving", number)
         order, picked = (torch.randperm(len(x), generator=generator) for x in (real, drawn))
         yield real[order[:size]], real[order[size : 2 * size]], drawn[picked[:size]]
+        told(number + 1, draws)
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -95,14 +97,9 @@ def interval(values: list[float]) -> dict[str, float]:
 
 
 def compare(real: Tensor, drawn: Tensor, draws: int = 50, seed: int = 0, told: Callable = lambda *_: None):
-    """Measures of samples, and of other real images as the floor, against half of the real ones: all in sets of n.
-
-    ``told`` is given (halves done, halves in all) after every half.
-    """
-    pairs, lines = [], []
-    for done, (half, other, picked) in enumerate(halvings(real, drawn, draws, seed), 1):
-        pairs.append((measure(half, picked), measure(half, other)))
-        told(done, draws)
+    """Measures of samples, and of other real images as the floor, against half of the real ones: all in sets of n."""
+    halves, lines = halvings(real, drawn, draws, seed, told), []
+    pairs = [(measure(half, picked), measure(half, other)) for half, other, picked in halves]
     for of, values in zip(("samples", "real"), zip(*pairs, strict=True), strict=True):
         lines += [{"of": of, "measure": name} | interval([each[name] for each in values]) for name in MEASURES]
     return pd.DataFrame(lines).assign(n=min(len(real) // 2, len(drawn)))
@@ -148,7 +145,7 @@ def stored(run: OpenRun, about: dict, make: Callable[[], pd.DataFrame]) -> pd.Da
     """
     file, known = run.run.folder / "quality.json", {}
     keys = {cls: sample_artefact(run.context, run.source(cls), cls).key for cls in run.known}
-    key = key_of({"version": __version__, "samples": keys} | about)
+    key = key_of({"version": __version__, "data": run.context.dataset.fingerprint, "samples": keys} | about)
     with suppress(LabError):  # missing or damaged
         known = read_json(file) if file.exists() else {}
     if key not in known:
