@@ -62,7 +62,8 @@ def test_images_beyond_the_runs_own_chunk_go_on_from_the_same_first_ones(run):
 def test_figures_show_a_panel_a_number_of_images_and_both_tables(run, swept):
     panels = budget.plot_lines(swept[1], run.results["LA"]).axes
     assert [axis.get_title() for axis in panels] == [f"{n} images a class" for n in (2, 5, 20)]
-    theirs, ours = budget.plot_tables(swept[1]).axes
+    theirs, ours, *scales = budget.plot_tables(swept[1]).axes
+    assert [scale.get_ylabel() for scale in scales] == ["LA, per cent"] * 2
     assert theirs.texts[0].get_text() == "56.3"
     assert [label.get_text() for label in ours.get_xticklabels()] == ["midpoint\n2 (4)", "euler\n3 (3)"]
     front = budget.pareto(swept[1], "total evaluations", "LA")

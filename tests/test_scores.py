@@ -9,6 +9,7 @@ from funlora_lab.continual import accuracy_per_task, average_accuracies, held_ou
 from funlora_lab.data import load, tasks, to_floats
 from funlora_lab.flow import flow_loss
 from funlora_lab.store import Store
+from funlora_lab.studies import plots
 from funlora_lab.systems import Context, Source
 from funlora_lab.training import Runtime
 
@@ -63,3 +64,18 @@ def test_the_held_out_loss_agrees_with_random_draws_within_its_standard_error(tm
 
 def test_without_held_out_images_there_is_no_held_out_loss(tmp_path):
     assert held_out_loss(context_of(tmp_path, valid_fraction=0.0), Source("", lambda: None), 3) is None
+
+
+def test_figures_of_accuracies_tell_coinciding_lines_apart_and_of_confusions_show_the_errors():
+    averages = {"funlora": [1.0, 0.99, 0.986], "bound": [1.0, 1.0, 1.0], "naive": [1.0, None, 0.2]}
+    axis = plots.distance_per_task(averages, "bound").axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines[1:]}
+    assert lines["funlora"] == pytest.approx([0, 1, 1.4])
+    assert lines["naive"] == pytest.approx([0, float("nan"), 80], nan_ok=True)
+    assert [text.get_text() for text in axis.texts] == ["1.4", "80.0"]
+    axis, scale = plots.confusion([[35, 1], [4, 32]], ["a", "b"]).axes
+    assert sorted(int(text.get_text()) for text in axis.texts) == [1, 4, 32, 35]
+    colours = axis.images[0].get_array()
+    assert colours.mask.tolist() == [[True, False], [False, True]]  # the right answers are no part of the scale
+    assert colours.max() == 4
+    assert scale.get_ylabel() == "images"
