@@ -8,16 +8,27 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 INK, GREY, GRID = "#222222", "#666666", "#d9d9d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
 MARKERS = "osD^v<>P"
+DPI, LARGEST = 110, 40.0  # inches a side: at most 20 million pixels, whatever is drawn
+LETTERS = 32  # of a line of a name; longer ones are shortened in their middle
 
 
 class Drawing(Figure):
-    """A figure that a notebook shows by itself, without pyplot."""
+    """A figure that a notebook shows by itself, without pyplot. Whatever it says is text, never markup."""
+
+    def draw(self, renderer) -> None:
+        for axis in self.axes:
+            axis.get_xticklabels(), axis.get_yticklabels()  # written now
+        for text in self.findobj(Text):  # only the numbers of matplotlib's own ticks are formulas
+            text.set_parse_math("\\mathdefault" in text.get_text())
+        super().draw(renderer)
 
     def png(self) -> bytes:
         """The figure as PNG with a palette of 256 colours: a third of the size, and nothing lost that one could see."""
@@ -36,9 +47,30 @@ class Drawing(Figure):
         return self.png(), {"alt": self.words()}
 
 
+def short(name: object) -> str:
+    """A name of at most ``LETTERS`` characters a line, its middle left out where it has more."""
+    half, hidden = LETTERS // 2, "\u200b" * str(name).startswith("_")  # matplotlib hides what begins with a line
+    lines = [n if len(n) <= LETTERS else f"{n[:half]}…{n[1 - half :]}" for n in str(name).split("\n")]
+    return hidden + "\n".join(lines)
+
+
+def named(axis: Axes, which: str, at: Sequence[float], names: Sequence, inches: float = np.inf, **look):
+    """Names along the axis x or y at the positions ``at``, which take ``inches``: in smaller letters, or only some."""
+    pitch = inches / max(1, len(names))
+    some = slice(None, None, max(1, int(np.ceil(0.1 / pitch))))
+    size = min(10.0, max(6.0, 60 * pitch))
+    put = axis.set_xticks if which == "x" else axis.set_yticks
+    put(at[some], [short(name) for name in names[some]], **{"fontsize": size} | look)
+
+
+def room(names: Sequence) -> float:
+    """Inches that names take beside an axis."""
+    return 0.09 * max((len(short(name)) for name in names), default=0)
+
+
 def drawing(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs) -> tuple[Drawing, np.ndarray]:
     """A drawing of that many inches and its axes (rows, columns), in the style all figures share."""
-    figure = Drawing(figsize=(width, height), dpi=110, layout="constrained")
+    figure = Drawing(figsize=(min(width, LARGEST), min(height, LARGEST)), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -60,8 +92,13 @@ def style(i: int, size: float = 4.5, **more) -> dict:
 
 def legend(figure: Drawing, loc: str = "outside right upper", **more):
     """A legend beside the axes, where it covers no line; of the first panel, unless ``handles`` are given."""
-    handles = figure.axes[0].get_legend_handles_labels()[0]
-    return figure.legend(**{"frameon": False, "fontsize": 9, "loc": loc, "handles": handles} | more)
+    handles = more.pop("handles", None) or figure.axes[0].get_legend_handles_labels()[0]
+    look = {"frameon": False, "fontsize": 9, "loc": loc} | more
+    most = int(72 * figure.get_figheight() / (1.5 * look["fontsize"])) * look.get("ncols", 1)
+    labels = [handle.get_label() for handle in handles[:most]]
+    if len(handles) > most:
+        labels[-1] = f"… and {len(handles) - most + 1} more"
+    return figure.legend(handles[:most], labels, **look)
 
 
 def bands(frames: dict[str, pd.DataFrame], x: str, y: str, labels: tuple[str, str], middle="mean", size=4.5) -> Drawing:
@@ -82,16 +119,19 @@ def dots(table: pd.DataFrame, panels: dict[str, str], marked: str = "funlora") -
     The row ``marked``, if there is one, stands out.
     """
     rows, own = np.arange(len(table)), table.index == marked
-    figure, axes = drawing(2.2 + 2.4 * len(panels), 0.29 * len(rows) + 1.1, 1, len(panels), sharey=True)
+    size = 1.4 + room(table.index) + 2.4 * len(panels), 0.29 * len(rows) + 1.1
+    figure, axes = drawing(*size, 1, len(panels), sharey=True)
     for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
         for i, some in enumerate((~own, own)):
             part, spread = table[some], f"{measure} sd" if f"{measure} sd" in table else None
             axis.errorbar(part[measure], rows[some], xerr=spread and part[spread], capsize=3, ls="none", **style(i, 5))
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=3)
-    axes[0, 0].set(yticks=rows, yticklabels=table.index, ylim=(len(rows) - 0.5, -0.5))
-    for label in np.array(axes[0, 0].get_yticklabels())[own]:
-        label.set(fontweight="bold", color=COLOURS[1])
+    named(axes[0, 0], "y", rows, table.index, min(0.29 * len(rows), LARGEST))
+    axes[0, 0].set(ylim=(len(rows) - 0.5, -0.5))
+    for label in axes[0, 0].get_yticklabels():
+        if label.get_text() == short(marked):
+            label.set(fontweight="bold", color=COLOURS[1])
     return figure
 
 
@@ -102,14 +142,16 @@ def heatmaps(
 
     ``unit`` is what the numbers count: with it every table has its scale of colours beside it.
     """
+    columns = sum(table.shape[1] for table in tables.values())
     figure, axes = drawing(width, height, 1, len(tables), width_ratios=[table.shape[1] for table in tables.values()])
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         values = table.to_numpy(float)
         image = axis.imshow(values, cmap="Blues", aspect="auto", **scale)
         axis.grid(False)
         axis.set_title(title, fontsize=10)
-        axis.set_xticks(range(len(table.columns)), table.columns.astype(str))
-        axis.set_yticks(range(len(table)), table.index.astype(str))
+        inches = min(width, LARGEST) - 1.5, min(height, LARGEST) - 1.0
+        named(axis, "x", range(table.shape[1]), table.columns, inches[0] * table.shape[1] / columns)
+        named(axis, "y", range(len(table)), table.index, inches[1])
         for (i, j), value in np.ndenumerate(values):
             if value >= least:
                 colour = "white" if image.norm(value) > 0.6 else INK
@@ -132,7 +174,8 @@ def show_images(axis: Axes, images: Tensor, columns: int, rows: Sequence[str], *
     axis.grid(False)
     axis.spines[:].set_visible(False)
     H = images.shape[2]
-    axis.set_yticks([i * (H + 1) + (H - 1) / 2 for i in range(len(rows))], rows, **text)
+    inches = axis.figure.get_figheight() * 0.9 / axis.get_subplotspec().get_gridspec().nrows
+    named(axis, "y", [i * (H + 1) + (H - 1) / 2 for i in range(len(rows))], rows, inches, **text)
     axis.set_xticks([])
     axis.tick_params(length=0)
 
@@ -142,12 +185,13 @@ def sample_columns(columns: list[tuple[str, dict[int, Tensor]]], order: list[int
     counts = [len(next(iter(images.values()))) for _, images in columns]
     C, H, W = next(iter(columns[0][1].values())).shape[1:]
     scale = min(0.34, 11 / sum(counts))  # inches an image
-    size = scale * sum(counts) + 0.25 * len(columns) + 0.8, scale * len(order) * H / W + 0.5
+    shown_names = [names[cls] for cls in order]
+    size = scale * sum(counts) + 0.25 * len(columns) + 0.3 + room(shown_names), scale * len(order) * H / W + 0.6
     figure, axes = drawing(*size, 1, len(columns), width_ratios=counts)
     for axis, (title, images), count in zip(axes[0], columns, counts, strict=True):
         blank = torch.full((count, C, H, W), 255, dtype=torch.uint8)
         shown = torch.cat([images.get(cls, blank)[:count] for cls in order])
-        show_images(axis, shown, count, [names[cls] for cls in order] if axis is axes[0, 0] else ())
+        show_images(axis, shown, count, shown_names if axis is axes[0, 0] else ())
         axis.set_title(title, color=INK, fontsize=10)
     return figure
 
@@ -156,7 +200,9 @@ def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], 
     """Losses against images seen, one line a name: ``losses[name] = (images, loss)``."""
     figure, axis = chart(6.4, 3.2, "images seen", "flow-matching loss")
     for i, (name, (images, loss)) in enumerate(losses.items()):
-        axis.plot(images, loss, "--" if i // len(COLOURS) % 2 else "-", label=name, color=COLOURS[i % len(COLOURS)])
+        axis.plot(
+            images, loss, "--" if i // len(COLOURS) % 2 else "-", label=short(name), color=COLOURS[i % len(COLOURS)]
+        )
     axis.set_title(title, fontsize=11)
     if len(losses) > 1:
         legend(figure, fontsize=8)
@@ -167,8 +213,9 @@ def accuracy_per_task(averages: dict[str, Sequence[float | None]]) -> Drawing:
     """A_k of Eq. 22 against the task number, one line a name; a task that was not scored has None and no mark."""
     figure, axis = chart(6.8, 3.6, "task", "accuracy over classes seen")
     for i, (name, values) in enumerate(averages.items()):
-        axis.plot(range(1, len(values) + 1), np.array(values, float), **style(i, 4, label=name))
-    axis.set(xticks=range(1, max(map(len, averages.values())) + 1), ylim=(0, 1.02))
+        axis.plot(range(1, len(values) + 1), np.array(values, float), **style(i, 4, label=short(name)))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set(ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
 
@@ -199,14 +246,19 @@ def distance_per_task(averages: dict[str, Sequence[float | None]], bound: str) -
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Drawing:
     """Confusion matrix in images: rows are true classes, columns what the classifier said; colours show the errors."""
-    counts, size = pd.DataFrame(np.asarray(counts, float), names, names), 0.42 * len(names)
+    counts, size = pd.DataFrame(np.asarray(counts, float), names, names), min(max(1.4, 0.42 * len(names)), 24)
+    beside = room(names)
     errors = counts.mask(np.eye(len(names), dtype=bool))
     least = 0.5 if len(names) <= 20 else np.inf
     most = max(1.0, errors.max(axis=None))
-    figure, (axis,) = heatmaps({"": errors}, size + 2.4, size + 1.2, "{:.0f}", least, "images", vmin=0, vmax=most)
+    figure, (axis,) = heatmaps(
+        {"": errors}, size + beside + 2.3, size + beside + 1.1, "{:.0f}", least, "images", vmin=0, vmax=most
+    )
     for i, count in enumerate(np.diag(counts) if least < np.inf else ()):
         axis.text(i, i, f"{count:.0f}", ha="center", va="center", fontsize=7, color=GREY)
     axis.set(xlabel="classifier's answer", ylabel="true class", facecolor=GRID)
     figure.axes[-1].locator_params(axis="y", integer=True)
-    axis.tick_params("x", rotation=0 if max(map(len, names)) < 3 else 60)
+    if max(map(len, map(str, names))) > 2:
+        for label in axis.get_xticklabels():
+            label.set(rotation=60, ha="right", rotation_mode="anchor")
     return figure

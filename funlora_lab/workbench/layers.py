@@ -102,7 +102,7 @@ class AdaptedLayers:
     """The convolutions that a run adapts, ``names`` by index, and what classes learned there; LabError without any."""
 
     def __init__(self, run: OpenRun):
-        self.run, self.method, self.names = run, METHODS.get(run.experiment.method), {}
+        self.run, self.method, self.names = run, run.adapters.method if run.generator.frozen else None, {}
         if run.generator.frozen and run.generator.rows:
             self.names = {i: name for i, name in enumerate(conv_layers(run.network)) if name in run.adapters.layers}
         if not self.names:
@@ -166,7 +166,11 @@ class AdaptedLayers:
         figure, axes = plots.drawing(9.6, 2.9, 1, 3)
         ponderation, frequency, spectrum = axes[0]
         for i, cls in enumerate(classes if self.method.matrix else ()):
-            style = {"color": plots.COLOURS[i % len(plots.COLOURS)], "label": self.run.known[cls], "markersize": 3}
+            style = {
+                "color": plots.COLOURS[i % len(plots.COLOURS)],
+                "label": plots.short(self.run.known[cls]),
+                "markersize": 3,
+            }
             singular = self.view(cls, layer).singular
             spectrum.semilogy(range(1, len(singular) + 1), singular.clamp_min(1e-12), "-", **style)
             for name, values in function_numbers(self.numbers(cls, layer)).items():

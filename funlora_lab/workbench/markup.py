@@ -7,11 +7,13 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from PIL import Image
+from matplotlib.font_manager import FontProperties, findfont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from funlora_lab.studies.plots import tile
@@ -40,9 +42,14 @@ class Markup:
         self.html = html
 
     def __str__(self) -> str:
-        return f'{STYLE}<div class="funlora">{self.html}</div>'
+        return f'{STYLE}<div class="funlora tex2jax_ignore mathjax_ignore">{self.html}</div>'
 
     _repr_html_ = __str__
+
+    def _repr_png_(self) -> tuple[bytes, dict] | None:
+        """SVG alone: the same picture as PNG, which a notebook shows before anybody trusts it, with its words."""
+        if self.html.startswith("<svg"):
+            return raster(self.html), {"alt": ElementTree.fromstring(self.html).get("aria-label")}
 
     def __repr__(self) -> str:
         return f"Markup of {len(self.html):,} characters"
@@ -109,6 +116,34 @@ def svg(width: float, height: float, parts: Sequence[str], words: str) -> Markup
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     about = f'role="img" aria-label="{escape(words)}" font-size="12"'
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>')
+
+
+def raster(drawn: str, scale: int = 2) -> bytes:
+    """A PNG, ``scale`` screen pixels a pixel, of an SVG made of ``element``s: rectangles, lines, texts and images."""
+    root = ElementTree.fromstring(drawn)
+    size = [round(scale * float(root.get(side))) for side in ("width", "height")]
+    sheet, file = Image.new("RGB", size, "white"), io.BytesIO()
+    pen = ImageDraw.Draw(sheet)
+    for part in root:
+        of = {key: scale * float(part.get(key, 0)) for key in ("x", "y", "width", "height", "x1", "y1", "x2", "y2")}
+        box = (of["x"], of["y"], of["x"] + of["width"], of["y"] + of["height"])
+        match part.tag.rpartition("}")[2]:
+            case "rect":
+                edge = None if part.get("stroke") == "none" else part.get("stroke")
+                pen.rectangle(box, part.get("fill"), edge, scale * round(float(part.get("stroke-width"))))
+            case "line":
+                pen.line([of[key] for key in ("x1", "y1", "x2", "y2")], part.get("stroke"), scale)
+            case "text":
+                font = findfont(FontProperties(family="DejaVu Sans", weight=part.get("font-weight")))
+                font = ImageFont.truetype(font, scale * float(part.get("font-size")))
+                anchor = {"start": "ls", "middle": "ms", "end": "rs"}[part.get("text-anchor")]
+                pen.text((of["x"], of["y"]), part.text or "", "#222222", font, anchor)
+            case "image":
+                inside = Image.open(io.BytesIO(base64.b64decode(part.get("href").partition(",")[2])))
+                place = [round(side) for side in box]
+                sheet.paste(inside.resize((max(1, place[2] - place[0]), max(1, place[3] - place[1])), 0), place[:2])
+    sheet.quantize(256).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def element(name: str, inside: str = "", **attributes: str | float) -> str:
