@@ -16,9 +16,10 @@ from funlora_lab.continual import prepare
 from funlora_lab.data import SOURCES, Images
 from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.store import Run, read_lines
-from funlora_lab.systems import SYSTEMS, FineTune, build_unet
+from funlora_lab.systems import SYSTEMS, AdaptedBase, FineTune, build_unet
 from funlora_lab.training import Runtime
 from funlora_lab.unet import conv_layers
+from funlora_lab.workbench.layers import AdaptedLayers
 
 TOY = preset("smoke").but(
     multipliers=(1,), window="4-7", base_images=64, adapter_images=32, classifier_epochs=1, samples_per_class=4, chunk=4
@@ -254,6 +255,67 @@ def test_a_system_of_ones_own_overrides_the_loss_and_brings_its_classifier(home)
 
     assert "class Distil(FineTune)" in REGISTERED_TEXTS["heir"]  # the text of what it inherits is its own text
     assert (Heir.name, kind.name) == ("heir", "distil")
+
+
+def bad_shape():
+    @funlora_lab.function("flat", rate=3e-2)
+    def flat(A, B, ponderation):
+        return A  # (K, O), where F (K, O, I) is due
+
+
+def bad_number():
+    @funlora_lab.function("flat", rate=3e-2)
+    def flat(A, B, ponderation):
+        return 1.0
+
+
+def bad_weight():
+    def start(layer, settings, generator=None):
+        return {"gain": torch.zeros(layer.out_channels)}
+
+    def weight(W0, numbers, settings):
+        return W0 * (1 + numbers["gain"].sum())
+
+    register(Method("flat", "a gain", 1e-1, ("window",), window(), start, start, weight))
+
+
+@pytest.mark.parametrize(
+    ("define", "words"),
+    [
+        (
+            bad_shape,
+            r"^The function flat returns \(4, 1\) for A \(4, 1\) and B \(4, 1\): .* F \(K, O, I\), \(4, 1, 1\)\.$",
+        ),
+        (bad_number, r"^The function flat returns a float for"),
+        (
+            bad_weight,
+            r"^The method flat makes weights \(8, 8, 3, 3\) of 2 classes for .*: accepted are \(2, 8, 8, 3, 3\)\.$",
+        ),
+    ],
+)
+def test_a_method_of_a_wrong_shape_ends_in_one_sentence_before_anything_is_trained(define, words, tmp_path):
+    define()
+    with pytest.raises(LabError, match=words) as refusal:
+        open_run(TOY.but(method="flat"), "cpu", home=tmp_path / "home")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.glob("home/artefacts"))
+
+
+def test_a_system_of_ones_own_may_be_the_adapted_base_with_another_loss(home):
+    @funlora_lab.system("heavy", "adapters of another method, trained by a loss of their own")
+    class Heavy(AdaptedBase):
+        adapter = "shift"
+
+        def loss(self, velocity, batch):
+            return 2 * super().loss(velocity, batch)
+
+    run, plain = (open_run(TOY.but(method=method), "cpu", home=home) for method in ("heavy", "shift"))
+    assert run.adapters.method is METHODS["shift"]
+    assert run.results["PPC"] == plain.results["PPC"]
+    assert run.generator.key != plain.generator.key, "its text is part of every key"
+    assert not set(run.generator.keys.values()) & set(plain.generator.keys.values())
+    assert AdaptedLayers(run).values("change of the weights").index.tolist() == ["6", "7", "8", "9"]
+    assert verify(run.run).unchanged
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from funlora_lab.adapters.method import METHODS, Row
+from funlora_lab.adapters.method import METHODS, Method, Row
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import Velocity
@@ -43,8 +43,8 @@ def numbers_by_layer(rows: Row) -> dict[str, Row]:
 class Adapters:
     """One method over one frozen network. Raises LabError when the experiment's settings do not fit either."""
 
-    def __init__(self, net: UNet, experiment: Experiment):
-        self.net, self.experiment, self.method = net, experiment, METHODS[experiment.method]
+    def __init__(self, net: UNet, experiment: Experiment, method: Method | None = None):
+        self.net, self.experiment, self.method = net, experiment, method or METHODS[experiment.method]
         given = self.method.settings_of(experiment)
         self.layers = self.method.layers(net, given)  # the adapted layers by name
         self.settings = dict.fromkeys(self.layers, given)  # what the method is handed for each of them
@@ -66,6 +66,17 @@ class Adapters:
         """The numbers at which a class starts, on the CPU; they depend on the seed and the class alone."""
         row = self._row(self.method.start, stream(self.experiment.seed, "adapter start", cls))
         return row | ({LABEL: self.mean_embedding().cpu().clone()} if self.learns_label else {})
+
+    def check(self) -> None:
+        """Raise LabError when a method of the user's own makes weights of another shape than its layers have."""
+        neutral, K = self.neutral(), 2
+        if self.method.text and self.method.weight:
+            name, layer = next(iter(self.layers.items()))
+            W0, numbers = torch.ones(layer.weight.shape), numbers_by_layer(stack([neutral] * K))[name]
+            made = tuple(self.method.weight(W0, numbers, self.settings[name]).shape)
+            if made != (K, *W0.shape):
+                about = f"makes weights {made} of {K} classes for weights {tuple(W0.shape)}"
+                raise LabError(f"The method {self.method.name} {about}: accepted are {(K, *W0.shape)}.")
 
     def neutral(self) -> Row:
         """The row that leaves the network as it is, shared by all classes of task 1."""

@@ -74,11 +74,19 @@ def function(name: str, rate: float = 3e-2, about: str = "", bound: Callable | N
             p = settings.functions
             learned = {key: first[key](p) for key in others}
             if "ponderation" in names:
-                learned = {"ponderation": first_ponderation(f, start, p, *learned.values())} | learned
+                learned = {"ponderation": first_ponderation(checked, start, p, *learned.values())} | learned
             return learned
 
+        def checked(A: Tensor, B: Tensor, *others: Tensor) -> Tensor:
+            F, expected = f(A, B, *others), (*A.shape, B.shape[-1])
+            if getattr(F, "shape", None) != expected:
+                made = tuple(F.shape) if isinstance(F, Tensor) else f"a {type(F).__name__}"
+                given = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+                raise LabError(f"The function {name} returns {made} for {given}: accepted is F (K, O, I), {expected}.")
+            return F
+
         def matrix(row: Row, settings: Settings) -> Tensor:
-            return f(*vectors(row, settings), *(row[key] for key in names))
+            return checked(*vectors(row, settings), *(row[key] for key in names))
 
         def largest(settings: Settings, O: int, I: int) -> int:
             return min(O, I) if bound is None else min(bound(settings.functions, O, I, settings.ratio), O, I)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from funlora_lab.adapters import METHODS, Adapters, stack, unstack
+from funlora_lab.adapters import METHODS, Adapters, Method, stack, unstack
 from funlora_lab.seeds import Shuffle, stream
 from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
 from funlora_lab.systems.generator import Batch, Source
@@ -20,10 +20,16 @@ class AdaptedBase(WholeNetwork):
     """A network trained on task 1 and frozen; every later class is a row of numbers over it."""
 
     frozen = True
+    adapter = "funlora"  # the method of adapters in a system that subclasses this one; else it is the experiment's
+
+    @property
+    def method(self) -> Method:
+        name = self.context.experiment.method
+        return METHODS[name if name in METHODS else self.adapter]
 
     def check(self) -> None:
         super().check()
-        Adapters(meta_unet(self.context.experiment), self.context.experiment).neutral()
+        Adapters(meta_unet(self.context.experiment), self.context.experiment, self.method).check()
 
     def learn(self, task: int) -> None:
         context, classes = self.context, self.context.tasks[task]
@@ -66,14 +72,14 @@ class AdaptedBase(WholeNetwork):
 
     def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
         super().adopt(net, key, labels)
-        self.adapters = Adapters(self.net, self.context.experiment)
+        self.adapters = Adapters(self.net, self.context.experiment, self.method)
 
     def artefact_of(self, cls: int, **other) -> Artefact:
         """One class's adapter: independent of other classes, of their order and of their grouping.
 
         ``other``: what a class that is tuned again depends on besides, or instead.
         """
-        e, method = self.context.experiment, METHODS[self.context.experiment.method]
+        e, method = self.context.experiment, self.method
         given = {"method": method.identity(e), "training": asdict(e.adapter) | {"lr": method.rate_of(e)}}
         return self.context.store.artefact("adapter", base=self.key, cls=cls, **self.context.inputs | given | other)
 
