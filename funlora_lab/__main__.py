@@ -1,12 +1,14 @@
 """The command ``funlora``: its parser, and how it ends when something is wrong."""
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 from funlora_lab import __version__, commands
-from funlora_lab.errors import LabError
+from funlora_lab.errors import LabError, Stopped, memory_for
 from funlora_lab.presets import PRESETS
 
 SHARED = {  # arguments of several subcommands
@@ -24,15 +26,25 @@ SHARED = {  # arguments of several subcommands
 
 
 def main(words: list[str] | None = None) -> int:
+    """Do what the words of a command line say -> its exit status: 1: something changed, 2: refused, 130: stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot spell is escaped
     arguments = _parser().parse_args(words)
     arguments.words = sys.argv[1:] if words is None else words
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        commands.execute(*getattr(arguments, "files", []))
-        return arguments.act(arguments) or 0
+        with memory_for("image_size, base_channels or the number of images at once"):
+            commands.execute(*getattr(arguments, "files", []))
+            status = arguments.act(arguments) or 0
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # who read the output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LabError as reason:
         print(f"funlora: {reason}", file=sys.stderr)
-        return 2
+        return 130 if isinstance(reason, Stopped) else 2
     except KeyboardInterrupt:
         print("funlora: interrupted; the same command resumes the run.", file=sys.stderr)
         return 130

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import funlora_lab
 from funlora_lab.errors import LabError, Stopped
-from funlora_lab.experiment import Experiment, override, shown
+from funlora_lab.experiment import Experiment, override, place, shown
 from funlora_lab.presets import PRESETS, preset
 
 
@@ -24,7 +24,7 @@ def execute(*files: str | Path) -> types.ModuleType | None:
     """Execute Python files, which may import their neighbours -> the last one's module; LabError says what fails."""
     module = None
     for file in files:
-        path = Path(file).absolute()
+        path = place(file)
         module = sys.modules[str(path)] = types.ModuleType(str(path))
         module.__file__ = str(path)
         sys.path += [str(path.parent)] * (str(path.parent) not in sys.path)
@@ -249,13 +249,13 @@ def ledger(arguments) -> None:
 def export(arguments) -> None:
     run = funlora_lab.open_folder(arguments.run, "cpu")
     cls = run.class_of(arguments.cls)
-    path = run.export_class(cls, Path(arguments.to or f"class-{cls}.safetensors"))
+    path = run.export_class(cls, place(arguments.to or f"class-{cls}.safetensors"))
     print(f"Class {run.known[cls]} is in {path}, {path.stat().st_size:,} bytes.")
 
 
 def bring(arguments) -> None:
     run = funlora_lab.open_folder(arguments.run, "cpu")
-    cls = run.import_class(Path(arguments.file))
+    cls = run.import_class(place(arguments.file))
     print(f"Class {run.known[cls]} (index {cls}) is in {run.run.folder}.")
 
 
@@ -264,7 +264,8 @@ def remove(arguments) -> None:
     cls = run.class_of(arguments.cls)
     name = run.known[cls]
     run.remove_class(cls)
-    print(f"Class {name} (index {cls}) is taken out of {run.run.folder}; its training stays in the store.")
+    back = shlex.join(["funlora", "import", arguments.run, str(run.removed_file(cls))])
+    print(f"Class {name} (index {cls}) is taken out of {run.run.folder}; back it comes with\n  {back}")
 
 
 def sweep(arguments) -> None:
@@ -297,4 +298,4 @@ def report(arguments) -> None:
     from funlora_lab.workbench import report
 
     run = funlora_lab.open_folder(arguments.run, arguments.device)
-    print(report.write(run, Path(arguments.to).absolute() if arguments.to else None))
+    print(report.write(run, place(arguments.to) if arguments.to else None))

@@ -1,8 +1,15 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The exceptions whose message is meant for the person at the keyboard."""
+
+import errno
+from contextlib import contextmanager
 
 
 class LabError(Exception):
     """Something outside the program is wrong; the message is one sentence that names it and what is accepted."""
+
+
+class Absent(LabError):
+    """Images are not where they should lie: what was made from them can neither be made anew nor compared with them."""
 
 
 class Stopped(LabError):
@@ -10,8 +17,21 @@ class Stopped(LabError):
 
 
 class Damaged(LabError):
-    """A stored file cannot be trusted, so it is never loaded; ``path`` names it."""
+    """A file of the store cannot be trusted, so it is never loaded; ``path`` names it, ``finding`` says why."""
 
     def __init__(self, path, finding: str):
         super().__init__(f"{finding}; delete it, or run again with --repair, to make it again.")
-        self.path = path
+        self.path, self.finding = path, finding
+
+
+@contextmanager
+def memory_for(settings: str):
+    """Say which settings to lower when the block runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as reason:
+        lacking = isinstance(reason, MemoryError) or type(reason).__name__ == "OutOfMemoryError"  # PyTorch's, on a GPU
+        lacking |= getattr(reason, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(reason)
+        if not lacking:
+            raise
+        raise LabError(f"Out of memory: lower {settings}; everything saved before is untouched.") from None

@@ -11,12 +11,14 @@ import dataclasses
 import difflib
 import re
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 
 from funlora_lab.errors import LabError
 
 OPERATIONS = ("mul", "add", "mul-add")
 STARTS = ("identity", "equal", "literal")
 SCORED = ("every", "last", "none")
+PLACES = ("data_root", "pretrain_root", "base_weights")  # settings that name a file or a folder
 
 # the texts of what a user registered under the name of a method: part of what a run of that method is
 REGISTERED_TEXTS: dict[str, str] = {}
@@ -159,6 +161,7 @@ class Experiment:
             if name not in FLAT:
                 raise LabError(unknown(name))
             group, field = FLAT[name]
+            value = str(place(value)) if name in PLACES and isinstance(value, str) and value else value
             groups[group][field.name] = tuple(value) if isinstance(value, list) else value
         missing = [name for name, (_, f) in FLAT.items() if f.default is MISSING and name not in values]
         if missing:
@@ -238,6 +241,14 @@ RANGES = {  # what is accepted -> (the test of it, the settings)
         "class_order",
     ),
 }
+
+
+def place(word: str | Path) -> Path:
+    """A file or folder that a person named: ``~`` is the home, and a relative name starts where they stand now."""
+    try:
+        return Path(word).expanduser().absolute()
+    except RuntimeError as reason:
+        raise LabError(f"{word}: {reason}; accepted is a file or folder, also under ~.") from None
 
 
 def shown(value) -> str:

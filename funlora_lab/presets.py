@@ -4,7 +4,7 @@ import shlex
 from contextlib import suppress
 
 from funlora_lab.errors import LabError
-from funlora_lab.experiment import Experiment, override, read_words
+from funlora_lab.experiment import KINDS, Experiment, override, read_words
 
 PRESETS: dict[str, Experiment] = {}
 
@@ -134,6 +134,24 @@ def words(settings: str | list[str]) -> list[str]:
         if all(isinstance(word, str) for word in found):
             return found
     raise LabError(f"settings={settings}: accepted are key=value words, quoted as in a shell, or a list of them.")
+
+
+def check_parameter(name: str, value, kind: type) -> None:
+    """Raise LabError unless a notebook's parameter is of its kind; a number is above 0, a seed 0 or more."""
+    least = "" if kind in (str, bool) else " from 0 up" if name == "seed" else " above 0"
+    right = isinstance(value, KINDS[kind][2]) and isinstance(value, bool) == (kind is bool)
+    if not right or (least and not (0 <= value if name == "seed" else 0 < value < float("inf"))):
+        raise LabError(f"{name}={value}: accepted is {KINDS[kind][1]}{least}.")
+
+
+def check_parameters(variables: dict) -> None:
+    """Raise LabError unless every annotated parameter of a notebook (``globals()``) is of the kind annotated.
+
+    papermill takes whatever a person writes; ``settings`` may be a list.
+    """
+    for name, kind in variables["__annotations__"].items():
+        words(variables[name]) if name == "settings" else check_parameter(name, variables[name], kind)
+    preset(variables["preset"])
 
 
 def configured(name: str, settings: str | list[str] = "", **changes) -> Experiment:

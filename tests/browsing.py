@@ -72,19 +72,18 @@ def jupyterlab(folder: Path, home: Path, preset: str, theme: str = "JupyterLab L
     copied = prepared(folder, preset, theme)
     own = {"JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTER_CONFIG_DIR": folder / "config"}
     own |= {"JUPYTER_RUNTIME_DIR": folder / "runtime", "FUNLORA_HOME": home}
-    environment = notebooks.environment() | {name: str(value) for name, value in own.items()}
-    with open(folder / "server.log", "wb") as log:
+    with notebooks.environment() as variables, open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(
             notebooks.lab_command(port, False, copied) + (["--allow-root"] if os.geteuid() == 0 else []),
-            env=environment,
+            env=variables | {name: str(value) for name, value in own.items()},
             stdout=log,
             stderr=log,
         )
-    try:
-        yield f"http://{notebooks.ADDRESS}:{port}/lab/tree/00_workbench.ipynb?token={_token(folder, server)}"
-    finally:
-        server.terminate()
-        server.wait(30)
+        try:
+            yield f"http://{notebooks.ADDRESS}:{port}/lab/tree/00_workbench.ipynb?token={_token(folder, server)}"
+        finally:
+            server.terminate()
+            server.wait(30)
 
 
 def _token(folder: Path, server: subprocess.Popen) -> str:

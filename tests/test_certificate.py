@@ -16,6 +16,7 @@ from funlora_lab.store import Run, read_tensors, write_tensors
 from funlora_lab.store import home as default_home
 from funlora_lab.studies import verification
 from funlora_lab.studies.verification import verify
+from funlora_lab.training import Runtime
 
 NEW = 9  # a class learned by an adapter
 
@@ -93,6 +94,8 @@ def test_verifying_looks_for_the_images_beside_the_run_and_never_in_the_default_
     report = verify(Run.of(experiment, home))
     assert report.unchanged
     assert not report.notes
+    assert caches == [home / "images"], "verifying needs no images"
+    assert len(continual.OpenRun(Run.of(experiment, home), Runtime()).context.dataset.test) == 360
     assert caches == [home / "images"] * 2
     assert not default_home().exists()
 

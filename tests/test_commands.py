@@ -138,7 +138,7 @@ def test_ctrl_c_saves_and_says_so(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     assert "funlora: Asked to stop; everything is saved" in said
     assert "Traceback" not in said
 

@@ -128,5 +128,5 @@ def test_values_become_the_type_of_the_parameter_and_text_that_looks_like_code_s
     word, (path,) = '"); import os; os.abort()  # ', FOLDER.glob("03_*")
     chosen = notebooks.assign([path], "smoke", [f"device={word}", "seeds=2", "tolerance=1e-3"])
     assert chosen == {path: {"preset": "smoke", "device": word, "seeds": 2, "tolerance": 1e-3}}
-    environment = notebooks.environment()
-    assert Path(environment["FUNLORA_HOME"]).is_absolute(), "kernels work in another folder"
+    with notebooks.environment() as variables:
+        assert Path(variables["FUNLORA_HOME"]).is_absolute(), "kernels work in another folder"

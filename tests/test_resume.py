@@ -149,7 +149,7 @@ def test_sigterm_saves_and_says_how_to_go_on(expected, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert process.returncode == 2
+    assert process.returncode == 130
     assert "the same command resumes" in errors
     assert "Traceback" not in errors
     continual.run(EXPERIMENT, home=tmp_path)

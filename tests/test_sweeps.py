@@ -185,7 +185,7 @@ def test_tables_of_the_paper_have_its_rows():
 def test_changed_settings_have_a_folder_of_figures_of_their_own():
     digits = preset("digits")
     assert keep.folder_name(digits) == keep.folder_name(tables.base_of("digits")) == "digits"
-    assert keep.folder_name(digits.but(seed=3, method="power", data="folder", data_root="/elsewhere")) == "digits"
+    assert keep.folder_name(digits.but(seed=3, method="power", data_root="/elsewhere")) == "digits"
     changed = tables.base_of("digits", ["base_channels=32", "adapter_images=64"])
     assert re.fullmatch("digits-[0-9a-f]{8}", keep.folder_name(changed))
     assert keep.folder_name(changed) == keep.folder_name(changed.but(seed=1, data_root="/elsewhere"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from funlora_lab import LabError, function, open_run, preset
+from funlora_lab import LabError, continual, function, open_run, preset
 from funlora_lab.__main__ import _parser
 from funlora_lab.adapters import METHODS
 from funlora_lab.commands import experiment_of
@@ -25,7 +25,7 @@ from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.flow import SOLVERS, Solver
 from funlora_lab.store import Run, read_json, read_lines, read_tensors, write_json
 from funlora_lab.studies.rank import TOLERANCE
-from funlora_lab.workbench import layers, markup, own_class_panel, page, report, runs, runs_panel
+from funlora_lab.workbench import layers, markup, page, report, runs, runs_panel
 from funlora_lab.workbench.images import SameNoise
 
 SMALL, PATIENCE = preset("smoke"), 120  # seconds, for a thread on a loaded machine
@@ -334,7 +334,7 @@ def test_a_drawn_class_is_trained_shown_scored_and_exported_and_training_stops_a
     ended(panel)
     learned, cls = panel.learned, panel.learned.cls
     assert set(learned.after) == {*run.classes, "cross"}
-    assert learned.before == pytest.approx(report.class_accuracies(run))
+    assert learned.before == pytest.approx(run.class_accuracies)
     assert np.array_equal(pixels_of(panel.picture.value)[0], row_of(learned.samples[:12]))
     assert (run.results["accuracy"], cls in run.generator.rows) == (before, False), "the run itself is untouched"
     panel.export_button.click()
@@ -374,8 +374,8 @@ def test_a_folder_of_pictures_is_read_and_what_cannot_be_learned_refused(house, 
     panel.folder.value = ""
     for name, count in (("3", 4), ("", 4), ("mine", 1)):
         with pytest.raises(LabError):
-            own_class_panel.learn(house.run, name, torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
-    moved = own_class_panel.shifted(image := torch.randint(0, 255, (2, 1, 8, 8), dtype=torch.uint8))
+            continual.learn(house.run, name, torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
+    moved = continual.shifted(image := torch.randint(0, 255, (2, 1, 8, 8), dtype=torch.uint8))
     assert (moved.shape, torch.equal(moved[:2], image)) == ((18, 1, 8, 8), True)
     assert any(torch.equal(part[..., 1:, :], image[..., :-1, :]) for part in moved.split(2))
 

@@ -4,15 +4,16 @@ A class file holds the class's row and, in its header, what the row means nothin
 frozen base, the method with its settings, the class's index and name, a checksum.
 
     <run>/classes/12.safetensors   class 12, imported
-    <run>/classes/7.removed        class 7, learned by the run, was taken out; results and artefacts stay as they are
+    <run>/classes/7.removed        class 7, taken out: its class file; results and artefacts stay as they are
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from funlora_lab.adapters import LABEL, Adapters, Row
-from funlora_lab.errors import LabError
+from funlora_lab.errors import Damaged, LabError
 from funlora_lab.store import Run, canonical, fingerprint, packed, read_tensors
 from funlora_lab.systems import Generator
 
@@ -32,7 +33,10 @@ def read(path: Path, adapters: Adapters, base: str) -> tuple[Row, dict]:
 
     Raises LabError saying what is wrong with the file, or does not fit.
     """
-    row, facts = read_tensors(path)
+    try:
+        row, facts = read_tensors(path)
+    except Damaged as reason:  # a file of the user's: nothing makes it anew
+        raise LabError(f"{reason.finding}: accepted is what `funlora export` writes.") from None
     kinds = {"kind": str, "format": int, "base": str, "class": int, "name": str, "settings": dict}
     whole = all(type(facts.get(name)) is kind for name, kind in kinds.items())
     if not whole or (facts["kind"], facts["format"]) != (KIND, FORMAT) or facts["class"] < 0:
@@ -60,15 +64,36 @@ def file_of(run: Run, cls: int, ending: str) -> Path:
     return run.folder / "classes" / f"{cls}.{ending}"
 
 
-def apply(run: Run, generator: Generator) -> dict[int, str]:
-    """Take out of a generator what was removed from the run, put in what was imported; returns the latter's names."""
+def is_removed(run: Run, cls: int) -> bool:
+    return file_of(run, cls, "removed").exists() and not file_of(run, cls, "safetensors").exists()
+
+
+def names(run: Run) -> dict[int, str]:
+    """Index and name of all classes that were brought into a run or taken out of it; the name "" in a damaged file."""
+    found = {}
+    for path in sorted((run.folder / "classes").glob("[0-9]*.*")):
+        found[int(path.stem)] = ""
+        with suppress(LabError):
+            found[int(path.stem)] = str(read_tensors(path)[1].get("name", ""))
+    return found
+
+
+def apply(run: Run, generator: Generator) -> tuple[dict[int, str], dict[int, str]]:
+    """Take out of a generator what was removed from the run, put in what was imported.
+
+    Returns the names of the latter, and of those whose files cannot be used why: they stop nobody who asks for others.
+    """
     for cls in [cls for cls in generator.rows if file_of(run, cls, "removed").exists()]:
         del generator.rows[cls], generator.keys[cls]
-    names, files = {}, sorted((run.folder / "classes").glob("*.safetensors"))
+    names, refused, files = {}, {}, sorted((run.folder / "classes").glob("*.safetensors"))
     base = fingerprint(generator.net.state_dict()) if files else ""
     for path in files:
-        row, facts = read(path, generator.adapters, base)
+        try:
+            row, facts = read(path, generator.adapters, base)
+        except LabError as reason:
+            refused[int(path.stem)] = str(reason)
+            continue
         cls, meaning = facts["class"], {"base": base, "settings": canonical(facts["settings"])}
         generator.rows[cls], generator.keys[cls] = row, f"row-{fingerprint(row, meaning)}"
         names[cls] = facts["name"]
-    return names
+    return names, refused

@@ -6,7 +6,9 @@
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
+from itertools import count
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 import torch
@@ -16,10 +18,11 @@ from funlora_lab.adapters import Adapters, Row
 from funlora_lab.continual import class_files
 from funlora_lab.continual.classifier import train_classifier
 from funlora_lab.continual.loop import prepare, run
+from funlora_lab.data import remembered
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
-from funlora_lab.store import Run, fingerprint, locked, write_atomically
-from funlora_lab.systems import Context, Generator, Source, draw, generator_of
+from funlora_lab.store import Run, Store, fingerprint, locked, write_atomically
+from funlora_lab.systems import Context, Generator, Source, check_method, draw, generator_of
 from funlora_lab.training import Event, Report, Runtime, pick_device
 
 
@@ -29,6 +32,7 @@ class OpenRun:
     def __init__(self, run: Run, runtime: Runtime, read_only: bool = False):
         self.run, self.runtime, self.experiment, self.read_only = run, runtime, run.experiment, read_only
         self._imported: dict[int, str] = {}
+        self._refused: dict[int, str] = {}
 
     results = cached_property(lambda self: self.run.results())
 
@@ -41,14 +45,24 @@ class OpenRun:
 
     @cached_property
     def context(self) -> Context:
-        """LabError unless a method of the user's own is registered, in the words the run was made with."""
+        """What a stored run is read with: of its images it knows the fingerprint, and reads them when looked at.
+
+        LabError unless a method of the user's own is registered, in the words the run was made with.
+        """
         file, method = self.run.folder / "method.py", self.experiment.method
         if file.exists() and file.read_text() != REGISTERED_TEXTS.get(method):
             raise LabError(
                 f"{self.run.folder.name} was made with a method of its own, {method}, which is not registered as it "
                 f"was then: its text is in {file}; register it first (on the command line --with FILE)."
             )
-        return prepare(self.experiment, self.runtime, self.run.folder.parent, self.read_only)[0]
+        e, home, made = self.experiment, self.run.folder.parent, self.run.provenance()
+        begun = next((event for event in self.events if event["event"] == "run"), None)
+        if not begun or "data" not in made:
+            return prepare(e, self.runtime, home, self.read_only)[0]
+        check_method(method)
+        dataset = remembered(e, made["data"], begun["classes"], home, self.runtime.check)
+        more = (Store(home), self.runtime, self.read_only)
+        return Context(e, dataset, begun["tasks"], *more, base_weights=made.get("base_weights", ""))
 
     classes = property(lambda self: self.context.dataset.classes)  # names, by index
     tasks = property(lambda self: self.context.tasks)  # the classes of every task, by index
@@ -65,7 +79,8 @@ class OpenRun:
     def generator(self) -> Generator:
         """The generator after the last task, without the classes removed since and with those imported."""
         generator = self.generator_after(len(self.tasks))
-        self._imported = class_files.apply(self.run, generator) if generator.frozen else {}
+        if generator.frozen:
+            self._imported, self._refused = class_files.apply(self.run, generator)
         return generator
 
     @property
@@ -74,12 +89,25 @@ class OpenRun:
         learned = [*self.generator.labels, *sorted(self.generator.rows)] if self.generator.draws else []
         return {cls: self._imported.get(cls) or self.classes[cls] for cls in learned}
 
+    @property
+    def remaining(self) -> list[list[int]]:
+        """The classes of every task without those taken out since; a task may be left without any."""
+        return [[cls for cls in task if not class_files.is_removed(self.run, cls)] for task in self.tasks]
+
+    @property
+    def order(self) -> list[int]:
+        """The classes of ``remaining`` tasks in the order in which they were learned."""
+        return [cls for task in self.remaining for cls in task]
+
     def class_of(self, word: str | int) -> int:
         """The index of a class given by name or index; raises LabError when the run does not know it."""
-        known = self.known
-        names = {str(cls): cls for cls in known} | {name: cls for cls, name in known.items()}
-        if str(word) in names:
-            return word if word in known else names[str(word)]
+        known, name = self.known, normalize("NFC", str(word))
+        names = {str(cls): cls for cls in known} | {normalize("NFC", name): cls for cls, name in known.items()}
+        if name in names:
+            return word if word in known else names[name]
+        for cls, reason in self._refused.items():
+            if name == str(cls):
+                raise LabError(reason)
         raise LabError(f"class={word}: accepted are the classes of this run, {', '.join(known.values())}.")
 
     @property
@@ -105,6 +133,12 @@ class OpenRun:
         generator, count = self.generator_after(task), count or self.experiment.samples_per_class
         seen = [cls for group in self.tasks[:task] for cls in group]
         return {cls: draw(self.context, generator.source(cls), cls, count)[0] for cls in seen}
+
+    @property
+    def class_accuracies(self) -> dict[str, float]:
+        """The closing accuracy on the real test images of each class, by name; nan where it was not scored."""
+        counts = self.results["confusion"]
+        return {name: counts[i][i] / (sum(counts[i]) or float("nan")) for i, name in enumerate(self.classes)}
 
     @cached_property
     def judge(self) -> nn.Module:
@@ -180,24 +214,41 @@ class OpenRun:
         """Bring the class of a file into this run; its index. LabError, and nothing changed, where it does not fit."""
         row, facts = class_files.read(path, self.adapters, fingerprint(self.network.state_dict()))
         cls, name = facts["class"], facts["name"]
-        if cls in self.known:
-            raise LabError(f"This run already knows class {cls} ({self.known[cls]}); `funlora remove` takes it out.")
         if cls < len(self.classes) and name != self.classes[cls]:
             raise LabError(f"{path} holds class {cls} named {name}, which this run's data call {self.classes[cls]}.")
-        content = class_files.content(self.adapters, row, facts["base"], cls, name)
         with self._changing():
+            cls = cls if cls < len(self.classes) else self.free_index(name, cls)
+            if cls in self.known:
+                advice = "`funlora remove` takes it out" if cls in self.generator.rows else "its base was trained on it"
+                raise LabError(f"This run already knows class {cls} ({self.known[cls]}); {advice}.")
+            content = class_files.content(self.adapters, row, facts["base"], cls, name)
             write_atomically(class_files.file_of(self.run, cls, "safetensors"), content)
         return cls
 
+    def free_index(self, name: str, first: int | None = None) -> int:
+        """The index that the class of one's own of that name has or had, else the first free one from ``first`` up.
+
+        What such a class is, its name and its numbers say; its index only tells it from the others of this run.
+        """
+        data, taken = len(self.classes), class_files.names(self.run)
+        mine = [
+            cls for cls, other in taken.items() if cls >= data and normalize("NFC", other) == normalize("NFC", name)
+        ]
+        return mine[0] if mine else next(cls for cls in count(max(data, first or 0)) if cls not in taken)
+
     def remove_class(self, word: str | int) -> int:
-        """Take one class, by name or index, out of this run; its training stays in the store. Returns its index."""
+        """Take one class, by name or index, out of this run; its index. Its ``removed_file``, imported, undoes it."""
         cls = self._own_row(word)
+        base = fingerprint(self.network.state_dict())
+        content = class_files.content(self.adapters, self.row(cls), base, cls, self.known[cls])
         with self._changing():
-            if cls in self._imported:
-                class_files.file_of(self.run, cls, "safetensors").unlink()
-            else:
-                write_atomically(class_files.file_of(self.run, cls, "removed"), b"")
+            write_atomically(self.removed_file(cls), content)
+            class_files.file_of(self.run, cls, "safetensors").unlink(missing_ok=True)
         return cls
+
+    def removed_file(self, cls: int) -> Path:
+        """The class file of a class that was taken out."""
+        return class_files.file_of(self.run, cls, "removed")
 
     def _own_row(self, word: str | int) -> int:
         cls = self.adapters and self.class_of(word)
@@ -210,8 +261,9 @@ class OpenRun:
         """Hold the run's folder while its classes change, and look at them anew afterwards."""
         with locked(self.run.folder, patience=10):
             (self.run.folder / "classes").mkdir(exist_ok=True)
+            self.__dict__.pop("generator", None)  # another process may have changed them meanwhile
             yield
-        del self.__dict__["generator"]
+        self.__dict__.pop("generator", None)
 
 
 def open_run(

@@ -7,7 +7,7 @@ every task), ``result``. Those read back from disk carry ``replayed``.
 """
 
 import platform
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,25 +21,30 @@ from funlora_lab.continual import scores
 from funlora_lab.continual.certificate import certify
 from funlora_lab.continual.classifier import predict, synthetic, train_classifier
 from funlora_lab.data import Dataset, check_unchanged, load, tasks
+from funlora_lab.errors import Absent, LabError
 from funlora_lab.experiment import Experiment
-from funlora_lab.store import Run, clear_leftovers, locked
+from funlora_lab.store import Run, clear_leftovers, fingerprint, locked
 from funlora_lab.systems import Context, Generator, check_method, draw, generator_of, sample_artefact, solver_of
 from funlora_lab.training import Event, Report, Runtime, arithmetic
+from funlora_lab.unet import read_checkpoint
 
 
-def provenance(device: torch.device, dataset: Dataset, precision: str) -> dict:
-    """Where, in which arithmetic, with what and from which images a result was made."""
+def provenance(device: torch.device, dataset: Dataset, experiment: Experiment) -> dict:
+    """Where, in which arithmetic, with what and from which images and weights, by their content, a result was made."""
+    data = {"name": dataset.name, "fingerprint": dataset.fingerprint, "unlabelled": dataset.unlabelled_fingerprint}
+    weights = {"base_weights": fingerprint(read_checkpoint(place))[:16]} if (place := experiment.base_weights) else {}
     name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
         "device": f"{device.type} ({name})",
-        "arithmetic": arithmetic(precision, device),
+        "arithmetic": arithmetic(experiment.precision, device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
-        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "pictures": dataset.pictures},
+        "data": {name: value for name, value in data.items() if value},
+        **weights,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -50,7 +55,7 @@ def prepare(
     """(context, generator that has learned nothing) of an experiment; LabError when anything does not fit."""
     check_method(experiment.method)
     solver_of(experiment)
-    dataset = load(experiment, home)
+    dataset = load(experiment, home, runtime.check)
     store = runtime.team.store(Run.of(experiment, home).folder.parent)
     context = Context(experiment, dataset, tasks(experiment, len(dataset.classes)), store, runtime, read_only)
     generator = generator_of(context)
@@ -64,13 +69,14 @@ def run(
     """Run an experiment, or the rest of it, or read back its stored events when it is complete -> its results.
 
     Every event goes to ``report`` (by default the runtime's). Raises LabError for bad configurations before anything
-    is written, and Stopped when the runtime asks for it.
+    is written, for images or ``base_weights`` that are no longer those a stored result was made of, and Stopped when
+    the runtime asks for it.
     """
     runtime, record = runtime or Runtime(), Run.of(experiment, home)
     report = report or runtime.report
     record.check()
     if stored := record.results():
-        check_unchanged(experiment, stored)
+        _check_unchanged(experiment, stored["provenance"], home, runtime)
         return _replay(record, report)
 
     def log_and_report(event: Event) -> None:
@@ -78,7 +84,7 @@ def run(
         report(event)
 
     context, generator = prepare(experiment, replace(runtime, report=log_and_report), home)
-    about = provenance(runtime.device, context.dataset, experiment.precision)
+    about = provenance(runtime.device, context.dataset, experiment)
     with locked(record.folder, runtime.check, runtime.tell):
         if not record.results():  # else another process finished it while this one waited
             clear_leftovers(record.folder)
@@ -98,9 +104,21 @@ def learn_base(experiment: Experiment, runtime: Runtime, home: Path | None = Non
     context, generator = prepare(experiment, runtime, home)
     with locked(record.folder, runtime.check, runtime.tell) if first else nullcontext():
         if first and not record.config_file.exists():
-            record.open(provenance(runtime.device, context.dataset, experiment.precision))
+            record.open(provenance(runtime.device, context.dataset, experiment))
         runtime.team.wait()
         generator.learn(0)
+
+
+def _check_unchanged(experiment: Experiment, made: dict, home: Path | None, runtime: Runtime) -> None:
+    """Raise LabError when what the experiment names by a place is no longer what a run was made of.
+
+    What is not there any more is not compared: results outlive it.
+    """
+    with suppress(Absent):
+        check_unchanged(experiment, made["data"], home, runtime.check)
+    if (file := experiment.base_weights) and "base_weights" in made and Path(file).exists():
+        if fingerprint(read_checkpoint(file))[:16] != made["base_weights"]:
+            raise LabError(f"base_weights={file}: the weights there have changed since this run was made with them.")
 
 
 def _replay(record: Run, report: Report) -> dict:

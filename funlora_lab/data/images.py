@@ -4,8 +4,9 @@ Images are uint8 (N, C, H, W) and become floats in [-1, 1] only inside a trainin
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.seeds import stream
+from funlora_lab.store import fingerprint
 
 
 def to_floats(images: Tensor) -> Tensor:
@@ -55,6 +57,19 @@ class Images:
         return self.at(~held), self.at(held)
 
 
+class Later(Images):
+    """Images that ``read()`` gives when they are first looked at: who only reads what is stored needs none."""
+
+    def __init__(self, read: Callable[[], Images]):
+        object.__setattr__(self, "read", cache(read))
+
+    pixels = property(lambda self: self.read().pixels)
+    labels = property(lambda self: self.read().labels)
+
+    def of(self, classes: list[int] | int) -> Images:
+        return Later(lambda: self.read().of(classes))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """``train`` to learn from, ``valid`` (held out of the training images) for choices, ``test`` for the score."""
@@ -64,8 +79,7 @@ class Dataset:
     train: Images
     valid: Images
     test: Images
-    unlabelled: Tensor | None = None  # the pictures (N, C, H, W) on which the base is pre-trained
-    pictures: str | None = None  # ``pictures_key`` of a folder
+    unlabelled: Images | None = None  # those on which the base is pre-trained; their labels mean nothing
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,6 +89,10 @@ class Dataset:
             digest.update(part.pixels.numpy().tobytes())
             digest.update(part.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def unlabelled_fingerprint(self) -> str | None:
+        return self.unlabelled and fingerprint({"pixels": self.unlabelled.pixels})[:16]
 
 
 def class_order(order: str, classes: int) -> list[int]:
@@ -90,6 +108,8 @@ def class_order(order: str, classes: int) -> list[int]:
 
 def tasks(experiment: Experiment, classes: int) -> list[list[int]]:
     """The classes of every task; ``split=a-b`` gives task 1 a classes and every later task b."""
+    if classes < 2:
+        raise LabError(f"data={experiment.data}: there is 1 class; accepted are at least two, to divide into tasks.")
     first, later = (int(word) for word in experiment.split.split("-"))
     order = class_order(experiment.class_order, classes)
     if first >= classes or (classes - first) % later:

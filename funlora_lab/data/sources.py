@@ -4,11 +4,14 @@
     def stripes(experiment, cache):
         return ("dark", "light"), Images(pixels, labels), Images(test_pixels, test_labels)
 
-After this ``data=stripes`` is accepted. Runs and artefacts are known by the fingerprint of the images themselves.
+After this ``data=stripes`` is accepted. Runs and artefacts are known by the fingerprint of the images themselves. A
+source that reads for long may have a third parameter, ``check``, which it calls now and then and which may raise.
 """
 
 import os
 from collections.abc import Callable
+from functools import cache as once
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +20,9 @@ from PIL import Image
 
 from funlora_lab import store
 from funlora_lab.data import pictures
-from funlora_lab.data.images import Dataset, Images, tasks
-from funlora_lab.errors import LabError
-from funlora_lab.experiment import Experiment
+from funlora_lab.data.images import Dataset, Images, Later, tasks
+from funlora_lab.errors import Absent, LabError
+from funlora_lab.experiment import Experiment, place
 
 
 class DataSource(NamedTuple):
@@ -27,23 +30,26 @@ class DataSource(NamedTuple):
 
     name: str
     about: str
-    read: Callable  # (experiment, cache) -> (class names, training Images, test Images)
+    read: Callable  # (experiment, cache[, check]) -> (class names, training Images, test Images)
+    fixed: bool = False  # its images never change: it checks itself what lies on the disk
 
 
 SOURCES: dict[str, DataSource] = {}
 
 
-def data_source(name: str, about: str) -> Callable:
+def data_source(name: str, about: str, fixed: bool = False) -> Callable:
     """Register the decorated function as the data source ``name``, in place of one of that name."""
 
     def register(read: Callable) -> Callable:
-        SOURCES[name] = DataSource(name, about, read)
+        SOURCES[name] = DataSource(name, about, read, fixed)
         return read
 
     return register
 
 
-@data_source("digits", "scikit-learn's 1,797 digits of 8 x 8 pixels and 17 grey levels; a fixed stratified 80/20 split")
+@data_source(
+    "digits", "scikit-learn's 1,797 digits of 8 x 8 pixels and 17 grey levels; a fixed stratified 80/20 split", True
+)
 def _digits(experiment: Experiment, cache: Path):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -55,8 +61,10 @@ def _digits(experiment: Experiment, cache: Path):
     return tuple("0123456789"), images.at(train), images.at(test)
 
 
-@data_source("cifar100", "CIFAR100 in torchvision's files, 100 classes; of another size or in grey when asked for")
-@data_source("cifar10", "CIFAR10 in torchvision's files, 10 classes; of another size or in grey when asked for")
+@data_source(
+    "cifar100", "CIFAR100 in torchvision's files, 100 classes; of another size or in grey when asked for", True
+)
+@data_source("cifar10", "CIFAR10 in torchvision's files, 10 classes; of another size or in grey when asked for", True)
 def _cifar(experiment: Experiment, cache: Path):
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -66,7 +74,7 @@ def _cifar(experiment: Experiment, cache: Path):
         train, test = (kind(str(root), train=part) for part in (True, False))
     except (RuntimeError, OSError) as reason:
         what = "no complete copy" if folder.exists() else "no copy"
-        raise LabError(
+        raise Absent(
             f"data={experiment.data}: {what} in {root} ({str(reason).split('.')[0]}); unpack {kind.filename} from "
             f"{kind.url} so that {folder} exists, or say with data_root or FUNLORA_DATA where it lies."
         ) from None
@@ -82,48 +90,34 @@ def _cifar(experiment: Experiment, cache: Path):
 
 def data_root(experiment: Experiment) -> Path:
     """The setting data_root, else FUNLORA_DATA or ``data``, or the folder with the preset's name in there."""
-    root = Path(experiment.data_root or os.environ.get("FUNLORA_DATA") or "data").expanduser().absolute()
+    root = place(experiment.data_root or os.environ.get("FUNLORA_DATA") or "data")
     named = experiment.data == "folder" and not experiment.data_root and not (root / "train").is_dir()
     return root / experiment.preset if named and (root / experiment.preset).is_dir() else root
 
 
 @data_source("folder", "pictures of one's own: train/CLASS/* and test/CLASS/* in the folder data_root")
-def _folder(experiment: Experiment, cache: Path):
+def _folder(experiment: Experiment, cache: Path, check: Callable[[], None] = lambda: None):
     root = data_root(experiment)
-    classes, paths = pictures.labelled(root)
+    classes = pictures.labelled(root, check)
     tasks(experiment, len(classes))  # before the long reading
-    index = {name: cls for cls, name in enumerate(classes)}
-
-    def images(part: str) -> Images:
-        pixels = pictures.pixels_of(paths[part], root, experiment.image_size, experiment.channels, cache)
-        return Images(pixels, torch.tensor([index[path.parent.name] for path in paths[part]]))
-
-    return tuple(classes), images("train"), images("test")
-
-
-def pictures_key(experiment: Experiment) -> str | None:
-    """A hash of the names and sizes of a folder's pictures; None for other data, and for a folder that is not there."""
-    root = data_root(experiment)
-    if experiment.data != "folder" or not root.is_dir():
-        return None
-    paths = pictures.labelled(root)[1]
-    return store.key_of({"pictures": pictures.sizes(paths["train"] + paths["test"], root)})
+    paths = {part: [path for found in classes.values() for path in found[part]] for part in pictures.PARTS}
+    size, channels, indices = experiment.image_size, experiment.channels, torch.arange(len(classes))
+    pixels = pictures.pixels_of([*paths["train"], *paths["test"]], root, size, channels, cache, check)
+    labels = {p: indices.repeat_interleave(torch.tensor([len(found[p]) for found in classes.values()])) for p in paths}
+    train, test = pixels.split([len(paths["train"]), len(paths["test"])])
+    return tuple(classes), Images(train, labels["train"]), Images(test, labels["test"])
 
 
-def check_unchanged(experiment: Experiment, results: dict) -> None:
-    """Raise LabError when stored results are of other pictures than those that now lie in the experiment's folder."""
-    before, now = results["provenance"].get("data", {}).get("pictures"), pictures_key(experiment)
-    if before and now and before != now:
-        raise LabError(f"The pictures have changed since {results['run']} was run: move that folder to run anew.")
+def load(experiment: Experiment, home: Path | None = None, check: Callable[[], None] = lambda: None) -> Dataset:
+    """The experiment's images; LabError when they do not fit it, Absent when they are not there.
 
-
-def load(experiment: Experiment, home: Path | None = None) -> Dataset:
-    """The experiment's images; raises LabError when they are missing or do not fit the experiment."""
+    ``check`` is called during long readings and may raise.
+    """
     data, size, channels = experiment.data, experiment.image_size, experiment.channels
     if data not in SOURCES:
-        raise LabError(f"data={data}: accepted is one of {', '.join(SOURCES)}.")
-    cache = (home or store.home()) / "images"
-    classes, train, test = SOURCES[data].read(experiment, cache)
+        raise Absent(f"data={data}: accepted is one of {', '.join(SOURCES)}.")
+    cache, read = (home or store.home()) / "images", SOURCES[data].read
+    classes, train, test = read(*(experiment, cache, check)[: len(signature(read).parameters)])
     for pixels, labels in ((train.pixels, train.labels), (test.pixels, test.labels)):
         if (pixels.dtype, pixels.ndim, labels.dtype) != (torch.uint8, 4, torch.int64) or len(pixels) != len(labels):
             raise LabError(f"data={data}: accepted are pixels uint8 (N, C, H, W) and labels int64 (N,).")
@@ -134,7 +128,35 @@ def load(experiment: Experiment, home: Path | None = None) -> Dataset:
         if labels.unique().tolist() != list(range(len(classes))):
             raise LabError(f"data={data}: accepted are labels from 0 to {len(classes) - 1}, each of them in use.")
     train, valid = train.divided(experiment.valid_fraction)
-    pretrain = experiment.pretrain_root
-    unlabelled = pictures.unlabelled(pretrain, size, channels, cache) if pretrain else None
+    unlabelled = None
+    if experiment.pretrain_root:
+        pixels = pictures.unlabelled(experiment.pretrain_root, size, channels, cache, check)
+        unlabelled = Images(pixels, torch.full((len(pixels),), -1))
     name = f"folder {data_root(experiment).name}" if data == "folder" else data
-    return Dataset(name, tuple(classes), train, valid, test, unlabelled, pictures_key(experiment))
+    return Dataset(name, tuple(classes), train, valid, test, unlabelled)
+
+
+def check_unchanged(experiment: Experiment, about: dict, home: Path | None, check: Callable[[], None]) -> None:
+    """Raise LabError when other images lie there than those a run was made of (``about``), Absent when none do."""
+    if experiment.pretrain_root or not (experiment.data in SOURCES and SOURCES[experiment.data].fixed):
+        _same(load(experiment, home, check), experiment, about)
+
+
+def _same(dataset: Dataset, experiment: Experiment, about: dict) -> Dataset:
+    where = data_root(experiment) if experiment.data == "folder" else f"data={experiment.data}"
+    if about.get("unlabelled", dataset.unlabelled_fingerprint) != dataset.unlabelled_fingerprint:
+        where = f"pretrain_root={experiment.pretrain_root}"
+    elif about["fingerprint"] == dataset.fingerprint:
+        return dataset
+    raise LabError(f"The images of {where} have changed since this run was made: move its folder away to run anew.")
+
+
+def remembered(experiment: Experiment, about: dict, classes: list[str], home: Path, check: Callable) -> Dataset:
+    """The images of a stored run, known by the fingerprints in ``about``, and read when they are first looked at."""
+    whole = once(lambda: _same(load(experiment, home, check), experiment, about))
+    parts = {part: Later(lambda part=part: getattr(whole(), part)) for part in ("train", "valid", "test")}
+    unlabelled = Later(lambda: whole().unlabelled) if experiment.pretrain_root else None
+    dataset = Dataset(about["name"], tuple(classes), **parts, unlabelled=unlabelled)
+    known = {"fingerprint": about["fingerprint"], "unlabelled_fingerprint": about.get("unlabelled")}
+    vars(dataset).update({name: value for name, value in known.items() if value})
+    return dataset

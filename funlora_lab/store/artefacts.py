@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from funlora_lab.errors import Damaged
+from funlora_lab.experiment import place
 from funlora_lab.store import files
 
 FORMAT = 2  # of artefacts and runs; raised when those of earlier versions must not be reused
@@ -32,7 +33,7 @@ def checkout() -> Path | None:
 def home() -> Path:
     """Where runs live: FUNLORA_HOME, or ``runs`` in the clone (without a clone, in the current folder)."""
     chosen = os.environ.get("FUNLORA_HOME")
-    return Path(chosen).absolute() if chosen else (checkout() or Path.cwd()) / "runs"
+    return place(chosen) if chosen else (checkout() or Path.cwd()) / "runs"
 
 
 def key_of(inputs: dict) -> str:

@@ -180,7 +180,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise Damaged(path, f"{path} carries no checksum: it was not written by this program")
     if expected != fingerprint(tensors, metadata):
         raise Damaged(path, f"{path} is damaged: its checksum does not match its content")
-    return tensors, {name: json.loads(value) for name, value in metadata.items()}
+    with suppress(ValueError, RecursionError):
+        return tensors, {name: json.loads(value) for name, value in metadata.items()}
+    raise Damaged(path, f"{path} carries facts that are not JSON: it was not written by this program")
 
 
 @contextmanager

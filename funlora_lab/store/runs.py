@@ -9,7 +9,7 @@ from pathlib import Path
 
 from funlora_lab import __version__
 from funlora_lab.errors import Damaged, LabError
-from funlora_lab.experiment import FLAT, REGISTERED_TEXTS, Experiment
+from funlora_lab.experiment import FLAT, REGISTERED_TEXTS, Experiment, place
 from funlora_lab.store import files
 from funlora_lab.store.artefacts import FORMAT, Store, home, key_of
 
@@ -60,7 +60,7 @@ class Run:
     @classmethod
     def at(cls, word: Path | str) -> "Run":
         """The run stored in the folder ``word``, or in the folder of that name under ``home()``; else LabError."""
-        for folder in (Path(word).absolute(), home() / word):
+        for folder in (place(word), home() / word):
             if (path := folder / "config.json").is_file():
                 return cls(folder, _experiment(path, _config(path)))
         raise LabError(f"'{word}' is no run: accepted is a run's folder or its name under {home()}.")
@@ -70,9 +70,14 @@ class Run:
         if not self.results_file.exists():
             return None
         results = files.read_json(self.results_file)
-        if not isinstance(results, dict) or results.get("event") != "result":
+        scores = [results.get(name, "") for name in ("LA", "AIA")] if isinstance(results, dict) else [""]
+        if not all(isinstance(score, float | None) for score in scores) or results.get("event") != "result":
             raise Damaged(self.results_file, f"{self.results_file} holds no results of a run")
         return results | {"run": str(self.folder)}
+
+    def provenance(self) -> dict:
+        """Where, with what and from which images the run was made, as its configuration says; {} before it is begun."""
+        return _config(self.config_file)["provenance"] if self.config_file.exists() else {}
 
     def events(self) -> list[dict]:
         """The log, with the folder as it is called now."""

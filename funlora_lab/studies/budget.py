@@ -51,7 +51,7 @@ def score(run: OpenRun, repeats: int = 1, **changes) -> dict:
     """
     e, events, samples, seconds = run.experiment.but(**changes), [], {}, {}
     context = replace(run.context, experiment=e, runtime=replace(run.runtime, report=events.append), seconds={})
-    order, new = context.classes, [cls for task in run.tasks[1:] for cls in task]
+    order, tasks = run.order, [task for task in run.remaining if task]
     sources = {cls: run.source(cls) for cls in order}
     for cls, source in sources.items():
         samples[cls], seconds[cls] = draw(context, source, cls, e.samples_per_class)
@@ -60,11 +60,13 @@ def score(run: OpenRun, repeats: int = 1, **changes) -> dict:
     images, origin = synthetic(context, sources, samples)
     again = [replace(context, experiment=e.but(seed=e.seed + repeat)) for repeat in range(repeats)]
     answers = [train_classifier(each, order, images, origin)[1:] for each in again]  # (predicted, true)
-    accuracies = [mean(scores.accuracy_per_task(*both, run.tasks)) for both in answers]
+    accuracies = [mean(scores.accuracy_per_task(*both, tasks)) for both in answers]
     solver, setting = solver_of(e).identity.values()
     cell = {"solver": solver, "setting": f"{setting:g}", "images": e.samples_per_class, "evaluations": evaluations}
     cell |= {"LA": mean(accuracies), "spread": stdev(accuracies) if repeats > 1 else float("nan")}
-    cell["recognition"] = mean(scores.recognition(run.judge, order, samples[cls], cls) for cls in new)
+    cell["recognition"] = mean(
+        scores.recognition(run.judge, context.classes, samples[cls], cls) for cls in order[len(run.tasks[0]) :]
+    )
     cell["sampling seconds"] = used * sum(seconds.values())
     return cell | {"classifier seconds": context.total_seconds / repeats}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError
+from funlora_lab.experiment import place
 from funlora_lab.studies import quality
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -41,7 +42,7 @@ def _torch_fidelity():
 def weights_file(path: str | Path | None = None) -> Path:
     """The file of Inception weights: the given one, else the one in torch's cache, downloaded there when missing."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
-    file, advice = Path(path or cached), f"fetch {URL} and give its path, or put it at {cached}."
+    file, advice = place(path or cached), f"fetch {URL} and give its path, or put it at {cached}."
     if not file.is_file():
         if path:
             raise LabError(f"There are no Inception weights at {file}: {advice}")

@@ -2,14 +2,16 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 
 from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, average_accuracies
+from funlora_lab.data import data_root
 from funlora_lab.errors import LabError
-from funlora_lab.experiment import Experiment
+from funlora_lab.experiment import Experiment, place
 from funlora_lab.presets import PRESETS
 from funlora_lab.store import checkout, key_of, make_folder, update_json, write_atomically
 from funlora_lab.studies import plots, sweeps
@@ -18,9 +20,13 @@ UNFINISHED = ".pictures"  # lies in a run's folder while its pictures are drawn
 
 
 def folder_name(experiment: Experiment) -> str:
-    """An experiment's folder of figures: its preset, with a digest of changed settings beyond seed, method and data."""
+    """An experiment's folder of figures: its preset, with a digest of changed settings beyond seed and method.
+
+    Where a data set lies does not count, but for pictures of one's own, which are another data set in every folder.
+    """
     changed = experiment.unlike(PRESETS[experiment.preset])
-    changed = {name: value for name, value in changed.items() if name not in ("seed", "method", "data", "data_root")}
+    changed = {name: value for name, value in changed.items() if name not in ("seed", "method", "data_root")}
+    changed |= {"data_root": str(data_root(experiment))} if experiment.data == "folder" else {}
     return experiment.preset.removesuffix("-small") + (f"-{key_of(changed)[:8]}" if changed else "")
 
 
@@ -29,7 +35,7 @@ def folder(experiment: Experiment) -> Path:
     clone, chosen = checkout(), os.environ.get("FUNLORA_FIGURES")
     if not chosen and not clone:
         raise LabError("There is no clone to keep figures in: set FUNLORA_FIGURES to a folder.")
-    path = Path(chosen or clone / "figures") / folder_name(experiment)
+    path = place(chosen or clone / "figures") / folder_name(experiment)
     make_folder(path)
     return path
 
@@ -67,7 +73,9 @@ def table(frame: pd.DataFrame, experiment: Experiment, name: str, caption: str) 
 def markdown(frame: pd.DataFrame, caption: str) -> str:
     head = [frame.index.name or "", *frame.columns]
     lines = [head, ["---"] * len(head), *frame.astype(object).fillna("").reset_index().to_numpy()]
-    return "\n".join([caption, "", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""])
+    return "\n".join(
+        [caption, "", *("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines), ""]
+    )
 
 
 def latex(frame: pd.DataFrame, caption: str) -> str:
@@ -81,10 +89,11 @@ def latex(frame: pd.DataFrame, caption: str) -> str:
 
 def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
     """name -> Drawing: samples beside real images, losses, accuracy per task, confusion matrix."""
-    drawn, names, order = {}, run.classes, run.context.classes
+    drawn, names, order = {}, run.classes, run.order
     if run.generator.draws:
-        real = {cls: run.context.dataset.train.of(cls).pixels[:shown] for cls in order}
-        columns = [("real", real), ("samples", {cls: run.samples(cls, shown) for cls in order})]
+        columns = [("samples", {cls: run.samples(cls, shown) for cls in order})]
+        with suppress(LabError):  # the real images are not there any more, or others are
+            columns.insert(0, ("real", {cls: run.context.dataset.train.of(cls).pixels[:shown] for cls in order}))
         drawn["samples"] = plots.sample_columns(columns, order, names)
         if len(losses := run.losses("adapter")):
             lines = {names[cls]: (part["images"], part["loss"]) for cls, part in losses.groupby("class")}

@@ -35,7 +35,7 @@ def _each(runs: Iterable[OpenRun]) -> Iterator[tuple[dict, OpenRun, int, str]]:
     """(what all tables have, run, class, layer's name) of every later class and adapted layer."""
     for run in runs:
         adapted = [(i, name) for i, name in enumerate(conv_layers(run.network)) if name in run.adapters.layers]
-        for cls in (cls for task in run.tasks[1:] for cls in task):
+        for cls in run.order[len(run.tasks[0]) :]:
             for i, layer in adapted:
                 yield {"seed": run.experiment.seed, "class": run.classes[cls], "layer": i}, run, cls, layer
 

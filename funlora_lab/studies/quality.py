@@ -114,10 +114,10 @@ def by_group(run: OpenRun, extract: Callable, split: str, count: int | None = No
         raise LabError(f"split={split}: accepted is train or test.")
     if not run.generator.draws:
         raise LabError(f"The method {run.experiment.method} draws no samples: there is nothing to judge.")
-    images, order, device = getattr(run.context.dataset, split), run.context.classes, run.runtime.device
+    images, order, device = getattr(run.context.dataset, split), run.order, run.runtime.device
     real = {cls: extract(images.of(cls).pixels).to(device) for cls in order}
     drawn = {cls: extract(run.samples(cls, count)).to(device) for cls in order}
-    groups = {"all": order} | {f"task {k}": classes for k, classes in enumerate(run.tasks, 1)}
+    groups = {"all": order} | {f"task {k}": classes for k, classes in enumerate(run.remaining, 1) if classes}
     for name, classes in (groups | {f"class {run.classes[cls]}": [cls] for cls in order}).items():
         yield name, torch.cat([real[cls] for cls in classes]), torch.cat([drawn[cls] for cls in classes])
 

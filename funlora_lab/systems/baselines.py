@@ -2,7 +2,7 @@
 
 import torch
 
-from funlora_lab.data import Images
+from funlora_lab.data import Images, Later
 from funlora_lab.errors import LabError
 from funlora_lab.seeds import Shuffle
 from funlora_lab.systems.generator import Generator, Source, system
@@ -40,7 +40,7 @@ class SelfReplay(WholeNetwork):
             parts.append(Images(images, torch.full((len(images),), cls)))
         seen = self.labels + new
         steps = -(-e.adapter.images * len(seen) // e.base.batch)
-        images, count = _evened(parts, e.seed, task), e.samples_per_class
+        images, count = Later(lambda: _evened(parts, e.seed, task)), e.samples_per_class
         self.train(f"self-replay-{task + 1}", seen, images, steps, replayed=replayed, count=count)
 
 

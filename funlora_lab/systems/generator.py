@@ -30,6 +30,7 @@ class Context:
     runtime: Runtime
     read_only: bool = False  # nothing is trained, drawn or deleted; LabError names what is missing
     seconds: dict[str, float] = field(default_factory=dict)  # of every artefact used, reused ones at first cost
+    base_weights: str = ""  # fingerprint of those of the file ``base_weights``, if a stored run remembers it
 
     @property
     def classes(self) -> list[int]:

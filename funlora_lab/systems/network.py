@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from funlora_lab.systems.generator import Batch, Generator, Source
 from funlora_lab.training import Plan, Trainer, autocast, prepared, send
 from funlora_lab.unet import UNet, load_base, read_checkpoint
 
-NULL = -1  # the label of pictures without one
+NULL = -1  # the label of pictures without one, as ``Dataset.unlabelled`` holds it
 
 
 def unet_settings(experiment: Experiment) -> dict:
@@ -62,7 +61,7 @@ class WholeNetwork(Generator):
         e = self.context.experiment
         meta_unet(e)
         if e.base_weights:
-            weights = read_checkpoint(Path(e.base_weights).expanduser())
+            weights = read_checkpoint(e.base_weights)
             load_base(build_unet(e, len(self.first_classes())), weights, e.base_weights)
 
     def artefact(self, name: str, labels: list[int], steps: int, **inputs) -> Artefact:
@@ -81,10 +80,9 @@ class WholeNetwork(Generator):
         """
         context, e = self.context, self.context.experiment
         if self.net is None and e.pretrain_root and labels != [NULL]:
-            pixels = context.dataset.unlabelled
-            pictures = Images(pixels, torch.full((len(pixels),), NULL))
             first = -(-(e.pretrain_images or e.base.images) // e.base.batch)
-            self.train("pretrain", [NULL], pictures, first, data=fingerprint({"pixels": pixels})[:16])
+            pictures, data = context.dataset.unlabelled, context.dataset.unlabelled_fingerprint
+            self.train("pretrain", [NULL], pictures, first, data=data)
         net = build_unet(e, len(labels))
         if self.net is not None:
             old, embedding = self.net.state_dict(), net.label_emb.weight.detach().clone()
@@ -92,12 +90,12 @@ class WholeNetwork(Generator):
             embedding[:known] = old["label_emb.weight"].cpu()
             net.load_state_dict(old | {"label_emb.weight": embedding})
         elif e.base_weights:
-            weights = read_checkpoint(Path(e.base_weights).expanduser())
-            load_base(net, weights, e.base_weights)
-            inputs |= {"weights": fingerprint(weights)[:16]}
+            inputs |= {"weights": context.base_weights or fingerprint(read_checkpoint(e.base_weights))[:16]}
         artefact = self.artefact(name, labels, steps, **inputs)
 
         def make() -> None:
+            if "weights" in inputs:
+                load_base(net, read_checkpoint(e.base_weights), e.base_weights)
             weights, facts = self.trainer(artefact, net, labels, images, steps, name).fit()
             artefact.finish(weights, **facts, batch=e.base.batch, processes=context.runtime.team.size)
             context.runtime.team.wait()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from funlora_lab.data import to_bytes
-from funlora_lab.errors import Damaged
+from funlora_lab.errors import Damaged, memory_for
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import Solver, Velocity, noise
 from funlora_lab.store import Artefact
 from funlora_lab.systems.generator import Context, Source
-from funlora_lab.training import autocast, memory_for
+from funlora_lab.training import autocast
 
 
 def solver_of(experiment: Experiment) -> Solver:

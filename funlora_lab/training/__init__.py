@@ -2,5 +2,5 @@
 
 from funlora_lab.training.device import COMPILE, arithmetic, autocast, has_bf16, pick_device, prepared, send
 from funlora_lab.training.processes import Team, launched, own_device, team_of
-from funlora_lab.training.runtime import Event, Report, Runtime, ignore, memory_for
+from funlora_lab.training.runtime import Event, Report, Runtime, ignore
 from funlora_lab.training.trainer import Plan, Trainer

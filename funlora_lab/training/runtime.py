@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -42,14 +42,3 @@ class Runtime:
         """Raise Stopped when a stop was asked for; only where everything is already saved."""
         if reason := self.stop():
             raise Stopped(reason)
-
-
-@contextmanager
-def memory_for(settings: str):
-    """Say which settings to lower when the block runs out of memory."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as reason:
-        if not isinstance(reason, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(reason):
-            raise
-        raise LabError(f"Out of memory: lower {settings}; everything saved before is untouched.") from None

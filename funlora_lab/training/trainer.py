@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from funlora_lab.errors import Damaged, LabError, Stopped
+from funlora_lab.errors import Damaged, LabError, Stopped, memory_for
 from funlora_lab.store import Artefact
-from funlora_lab.training.runtime import Runtime, memory_for
+from funlora_lab.training.runtime import Runtime
 
 MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # else base_batch
 KEPT = "the state saved before it is kept, a lower learning rate may help."

@@ -83,7 +83,7 @@ class SameNoise:
         return Markup("".join(self._compared(cls, self.across_runs(runs, cls)) for cls in classes))
 
     def _compared(self, cls: int, columns: dict[str, Tensor]) -> str:
-        title, drawn = f"class {self.run.known[cls]}", list(columns.values())
+        title, drawn = f"class {self.run.known.get(cls) or self.run.classes[cls]}", list(columns.values())
         same, changed = identical(drawn), max(drift(drawn[0], other) for other in drawn)
         words = "bit-identical" if same else f"not identical: up to {changed:.1f} of 255 apart on average"
         rows = [[name, markup.picture(images, f"{title}, {name}")] for name, images in columns.items()]

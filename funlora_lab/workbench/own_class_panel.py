@@ -1,114 +1,29 @@
 """Panel 5: a class of one's own over a stored base, from pictures (N, C, H, W) of a folder or drawn by hand."""
 
-from copy import copy
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
 
 import ipywidgets as widgets
 import pandas as pd
 import torch
 from torch import Tensor
 
-from funlora_lab.continual import OpenRun, class_files, synthetic, train_classifier
-from funlora_lab.data import Dataset, Images, read_picture
+from funlora_lab.continual import LEAST, OpenRun, OwnClass, images_in, learn
 from funlora_lab.errors import LabError
-from funlora_lab.store import fingerprint, make_folder, safe_name, write_atomically
-from funlora_lab.systems import Generator, draw
-from funlora_lab.training import Runtime
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.panel import Job, Panel, button, control, errors_shown_in, row
-from funlora_lab.workbench.report import class_accuracies
 
-LEAST = 2  # images of a class: one to learn from and one to be scored on
 LARGEST = 12  # pixels a side of an image that is drawn on buttons
 DARK, BRIGHT = "#20262e", "#f2c14e"
 
 
-def images_in(folder: Path | str, size: int, channels: int) -> Tensor:
-    """Every picture of a folder as uint8 (N, C, size, size), cut to its central square."""
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise LabError(f"There is no folder {folder}: accepted is a folder of pictures of one class.")
-    pictures = [read_picture(path, size, channels) for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    if not pictures:
-        raise LabError(f"{folder} holds no picture: accepted is at least {LEAST} pictures of one class.")
-    return torch.stack(pictures)
-
-
-def shifted(images: Tensor) -> Tensor:
-    """Every image and its eight copies moved by one pixel, dark at the edge: (N, C, H, W) -> (9 N, C, H, W)."""
-    padded, (H, W) = torch.nn.functional.pad(images, (1, 1, 1, 1)), images.shape[-2:]
-    return torch.cat([padded[..., 1 + y : 1 + y + H, 1 + x : 1 + x + W] for y in (0, -1, 1) for x in (0, -1, 1)])
-
-
-def with_class(dataset: Dataset, name: str, images: Tensor, move: bool) -> Dataset:
-    """The data set with one class more: a fifth of its images (one or more) to test, the others to learn from."""
-    accepted, cls = dataset.train.pixels.shape[1:], len(dataset.classes)
-    if not name.strip() or not name.isprintable() or name in dataset.classes:
-        raise LabError(f"The class name '{name}': accepted is a new printable name, not {', '.join(dataset.classes)}.")
-    if len(images) < LEAST:
-        raise LabError(f"{len(images)} image of the class {name}: accepted are at least {LEAST}.")
-    if images.shape[1:] != accepted:
-        raise LabError(f"Images of {tuple(images.shape[1:])}: accepted by this run are {tuple(accepted)}.")
-
-    def joined(known: Images, more: Tensor) -> Images:
-        return Images(torch.cat([known.pixels, more]), torch.cat([known.labels, torch.full((len(more),), cls)]))
-
-    held = max(1, len(images) // 5)
-    learned = shifted(images[held:]) if move else images[held:]
-    train, test = joined(dataset.train, learned), joined(dataset.test, images[:held])
-    return replace(dataset, classes=(*dataset.classes, name), train=train, test=test)
-
-
-@dataclass(frozen=True)
-class OwnClass:
-    """What came of it: the generator that also knows class ``cls``, its samples and accuracies by class name."""
-
-    run: OpenRun
-    name: str
-    cls: int
-    generator: Generator
-    samples: Tensor  # uint8 (N, C, H, W)
-    before: dict[str, float]  # accuracy on real test images among the run's classes
-    after: dict[str, float]  # among those and the new one
-
-    def outcome(self) -> markup.Markup:
-        """Samples of the new class, and the accuracy of every class before and after it was added."""
-        frame = pd.DataFrame({"before": self.before, "after": self.after}).T
-        frame.insert(0, "mean", frame.mean(axis=1))
-        samples = markup.picture(self.samples[:12], f"samples of {self.name}")
-        scores = markup.table(frame[["mean", *self.after]], 3)
-        title = f"<p>Samples of <b>{markup.escape(self.name)}</b></p>"
-        return markup.Markup(f"{title}{samples}<p>Accuracy on real test images, by class</p>{scores}")
-
-    def export(self) -> Path:
-        """Write the class as a file that ``funlora import`` brings into any run over the same base; its path."""
-        path = self.run.run.folder / "exported" / f"{self.cls}-{safe_name(self.name)}.safetensors"
-        make_folder(path.parent)
-        row, base = self.generator.rows[self.cls], fingerprint(self.run.network.state_dict())
-        write_atomically(path, class_files.content(self.run.adapters, row, base, self.cls, self.name))
-        return path
-
-
-def learn(run: OpenRun, name: str, images: Tensor, move=False, runtime: Runtime | None = None, **settings) -> OwnClass:
-    """Train an adapter for a class of uint8 images (N, C, H, W) and score all classes; the run itself does not change.
-
-    ``move`` adds copies shifted by a pixel; ``settings`` change the experiment. A stopped training resumes.
-    """
-    if not run.generator.frozen:
-        raise LabError(f"The method {run.experiment.method} has no frozen base to add a class to: choose another run.")
-    e, dataset = run.experiment.but(**settings), with_class(run.context.dataset, name, images, move)
-    cls, generator = len(run.classes), copy(run.generator)
-    generator.rows, generator.keys = dict(generator.rows), dict(generator.keys)
-    what = {"dataset": dataset, "tasks": [*run.tasks, [cls]], "runtime": runtime or run.runtime, "seconds": {}}
-    context = generator.context = replace(run.context, experiment=e, **what)
-    generator.learn_classes([cls])
-    known = {*generator.labels, *generator.rows}  # without classes that were taken out of the run
-    sources = {c: generator.source(c) for c in context.classes if c in known}
-    samples = {c: draw(context, source, c, e.samples_per_class)[0] for c, source in sources.items()}
-    _, predicted, true = train_classifier(context, list(sources), *synthetic(context, sources, samples))
-    after = {dataset.classes[c]: (predicted == true)[true == c].float().mean().item() for c in sources}
-    return OwnClass(run, name, cls, generator, samples[cls], class_accuracies(run), after)
+def outcome(learned: OwnClass) -> markup.Markup:
+    """Samples of the new class, and the accuracy of every class before and after it was added."""
+    frame = pd.DataFrame({"before": learned.before, "after": learned.after}).T
+    frame.insert(0, "mean", frame.mean(axis=1))
+    samples = markup.picture(learned.samples[:12], f"samples of {learned.name}")
+    scores = markup.table(frame[["mean", *learned.after]], 3)
+    title = f"<p>Samples of <b>{markup.escape(learned.name)}</b></p>"
+    return markup.Markup(f"{title}{samples}<p>Accuracy on real test images, by class</p>{scores}")
 
 
 class Canvas(widgets.GridBox):
@@ -175,19 +90,19 @@ class OwnClassPanel(Panel):
         self.drawings: list[Tensor] = []
         self.drawn.value = f"no drawing yet; at least {LEAST} are needed"
 
-    def pictures(self) -> Tensor:
+    def pictures(self, check: Callable[[], None] = lambda: None) -> Tensor:
         """The class's images, uint8 (N, C, H, W): of the folder, or the drawings."""
         e, folder = self.run.experiment, self.folder.value.strip()
         if not folder and not self.drawings:
             raise LabError("There is no picture of the class: name a folder, or draw some.")
-        return images_in(folder, e.image_size, e.channels) if folder else torch.stack(self.drawings)
+        return images_in(folder, e.image_size, e.channels, check) if folder else torch.stack(self.drawings)
 
     def _train(self) -> None:
         """Train the class; the same pictures and settings resume or reuse what is stored."""
         self.export_button.disabled, self.learned = True, None
-        what = (self.name.value, self.pictures(), self.move.value, self.job.runtime)
+        what = (self.name.value, self.pictures(self.job.runtime.check), self.move.value, self.job.runtime)
         self.learned = learn(self.run, *what, adapter_images=self.images.value)
-        self.picture.value = str(self.learned.outcome())
+        self.picture.value = str(outcome(self.learned))
         self.export_button.disabled = False
 
     def export(self) -> None:

@@ -60,6 +60,10 @@ def page(run: OpenRun) -> str:
     summary["seconds of training, sampling and classifiers"] = f"{r['seconds']:.1f}"
     sections = {"Results": markup.table(summary), "Accuracy after every task": markup.table(accuracy_table(run))}
     sections["Classes"] = markup.table(class_table(run))
+    try:
+        len(run.context.dataset.test)
+    except LabError as reason:  # without the real images all else can be shown
+        sections["Images"] = f"<p>{escape(str(reason))}</p>"
     for name, drawn in keep.pictures(run).items():
         words = TITLES.get(name, name.capitalize())
         sections[words] = f'<img class="figure" alt="{escape(words)}" src="{markup.data_address(drawn.png())}">'
@@ -89,16 +93,10 @@ def accuracy_table(run: OpenRun) -> pd.DataFrame:
     return frame.assign(mean=pd.Series(average_accuracies(matrix), frame.index, float))
 
 
-def class_accuracies(run: OpenRun) -> dict[str, float]:
-    """The run's closing accuracy on the real test images of each class, by name; nan where it was not scored."""
-    counts = run.results["confusion"]
-    return {name: counts[i][i] / (sum(counts[i]) or float("nan")) for i, name in enumerate(run.classes)}
-
-
 def class_table(run: OpenRun) -> pd.DataFrame:
     """One line a class: task, closing accuracy, recognition and held-out flow loss."""
     tasks = {run.classes[cls]: k for k, classes in enumerate(run.tasks, 1) for cls in classes}
-    frame = pd.DataFrame({"task": tasks, "accuracy": class_accuracies(run)}, tasks)
+    frame = pd.DataFrame({"task": tasks, "accuracy": run.class_accuracies}, tasks)
     names = {"recognition of samples": "recognition_per_class", "flow loss": "flow_loss_per_class"}
     found = {words: {run.classes[int(c)]: v for c, v in run.results[name].items()} for words, name in names.items()}
     return frame.assign(**{words: pd.Series(values, dtype=float) for words, values in found.items()})
