@@ -261,11 +261,10 @@ def bring(arguments) -> None:
 
 def remove(arguments) -> None:
     run = funlora_lab.open_folder(arguments.run, "cpu")
-    cls = run.class_of(arguments.cls)
-    name = run.known[cls]
+    cls, known = run.class_of(arguments.cls), run.known
     run.remove_class(cls)
     back = shlex.join(["funlora", "import", arguments.run, str(run.removed_file(cls))])
-    print(f"Class {name} (index {cls}) is taken out of {run.run.folder}; back it comes with\n  {back}")
+    print(f"Class {known[cls]} (index {cls}) is taken out of {run.run.folder}; back it comes with\n  {back}")
 
 
 def sweep(arguments) -> None:
