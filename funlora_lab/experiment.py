@@ -16,7 +16,7 @@ from pathlib import Path
 from funlora_lab.errors import LabError
 
 OPERATIONS = ("mul", "add", "mul-add")
-STARTS = ("identity", "equal", "literal")
+STARTS = ("identity", "equal", "literal", "kaiming")
 SCORED = ("every", "last", "none")
 PLACES = ("data_root", "pretrain_root", "base_weights")  # settings that name a file or a folder
 
@@ -92,7 +92,9 @@ class Experiment:
 
     method: str = "funlora"  # a method or system of `funlora list`
     operation: str = "mul"  # mul: W*F | add: W+F | mul-add: W*F+G
-    start: str = "identity"  # identity | equal | literal: first ponderations (see adapters/functions.py)
+    start: str = (
+        "identity"  # identity | equal | literal | kaiming: first numbers (adapters/functions.py, functional.py)
+    )
     functions: int = 10  # p, the number of functions summed in Eq. 8
     ratio: int = 1  # r: A and B have Cout/r and Cin/r entries
     window: str  # first-last index of the adapted convolutions
@@ -144,6 +146,7 @@ class Experiment:
         check(bool(self.pretrain_root) or not self.pretrain_images, "pretrain_images", "0 without pretrain_root")
         check(not (self.pretrain_root and self.base_weights), "base_weights", "nothing beside pretrain_root")
         check(self.classifier.crop < size, "crop", "fewer pixels than image_size")
+        check(self.start != "kaiming" or self.operation != "mul", "start", "another one with operation=mul")
         for name in ("window", "lora_v1_window", "lora_v2_window"):
             first, last = map(int, values[name].split("-"))
             check(first <= last, name, "two layer indices, the first not above the last")

@@ -113,6 +113,29 @@ def test_every_learned_number_has_a_gradient_at_once_or_after_its_partner_left_z
     assert all(parameter.grad is None for parameter in adapters.net.parameters())
 
 
+@pytest.mark.parametrize(("operation", "added"), [("add", ""), ("mul-add", "G.")])
+def test_from_the_papers_start_what_is_added_can_learn_its_ponderations_alone(operation, added):
+    """A Kaiming, B zero (Sec. 5.2): A B = 0, so every cosine is 1 and its slope 0, at step 0 and after it."""
+    adapters, (t, x) = small(operation=operation, start="kaiming"), batch(8)
+    rows = {name: value.requires_grad_() for name, value in stack([adapters.start(6)]).items()}
+    optimizer = torch.optim.Adam(rows.values(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        flow_loss(adapters.velocity(rows, 1), x, x.flip(0), t).mean().backward()
+        largest = {}
+        for name, value in rows.items():
+            number = name.rpartition("/")[2]
+            largest[number] = max(largest.get(number, 0), value.grad.abs().max().item())
+        dead = {added + number for number in ("A", "B", "frequency")}
+        assert {number for number, gradient in largest.items() if gradient == 0} == dead
+        optimizer.step()
+    with torch.no_grad():
+        neutral = adapters.velocity(stack([adapters.neutral()]), 1)(t, x)
+    torch.testing.assert_close(neutral, base_velocity(adapters, t, x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(LabError, match="start=kaiming: accepted is another one with operation=mul"):
+        small(start="kaiming")
+
+
 @cases
 def test_classes_side_by_side_compute_what_each_computes_alone(method, settings):
     adapters, (t, x) = small(method, **settings), batch(6)

@@ -11,35 +11,52 @@ import torch
 from torch import Tensor
 
 from funlora_lab.adapters.functions import cosine, cosine_frozen, first_ponderation, power, power_frozen, scaled, shift
-from funlora_lab.adapters.method import Method, Row, Settings, broadcast, register, sizes, source_text, vectors, window
+from funlora_lab.adapters.method import (
+    Method,
+    Row,
+    Settings,
+    broadcast,
+    kaiming,
+    register,
+    sizes,
+    source_text,
+    vectors,
+    window,
+)
 from funlora_lab.errors import LabError
+
+AS_WRITTEN = ("literal", "kaiming")  # starts of the paper's text, from which no first value is subtracted
 
 
 def functional(name, about, rate, settings, numbers: Callable, matrix: Callable, bound: Callable) -> Method:
     """The method of one function (Eq. 4-19, operations of Table IV).
 
     numbers(layer, settings, generator, start) -> the first numbers of F beside A = B = 1; matrix(numbers, settings) ->
-    F. The additive forms subtract F's first value, 1, to start at the identity; ``start=literal`` leaves it in.
+    F. The additive forms subtract F's first value, 1, to start at the identity; the starts of the paper's text leave it
+    in: ``literal``, A = B = 1 everywhere, and ``kaiming``, A Kaiming normal and B zero in what is added (Sec. 5.2).
+    With the latter A B = 0, so every cosine is 1 and A, B and its frequencies never have a gradient.
     """
 
     def start(layer, settings, generator=None, first=None):
-        row, (outputs, inputs) = {}, sizes(layer, settings)
+        row, (outputs, inputs), first = {}, sizes(layer, settings), first or settings.start
         for prefix in ("", "G.") if settings.operation == "mul-add" else ("",):
             part = {"A": torch.ones(outputs), "B": torch.ones(inputs)}
-            part |= numbers(layer, settings, generator, first or settings.start)
+            if first == "kaiming" and (prefix or settings.operation == "add"):
+                part = {"A": kaiming(generator, outputs, 1)[:, 0], "B": torch.zeros(inputs)}
+            part |= numbers(layer, settings, generator, first)
             row |= {prefix + key: value for key, value in part.items()}
         return row
 
     def neutral(layer, settings):
         row = start(layer, settings, first="identity")
-        if settings.start == "literal" and settings.operation != "mul":  # nothing is subtracted: F or G must vanish
+        if settings.start in AS_WRITTEN and settings.operation != "mul":  # nothing is subtracted: F or G must vanish
             prefix = "G." if settings.operation == "mul-add" else ""
             for key in ("ponderation",) if "ponderation" in row else ("A", "B"):
                 row[prefix + key] = torch.zeros_like(row[prefix + key])
         return row
 
     def weight(W0, row, settings):
-        F, first = broadcast(matrix(row, settings), W0), 0.0 if settings.start == "literal" else 1.0
+        F, first = broadcast(matrix(row, settings), W0), 0.0 if settings.start in AS_WRITTEN else 1.0
         if settings.operation == "mul":
             return scaled(W0, F)
         if settings.operation == "add":

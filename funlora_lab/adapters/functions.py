@@ -134,10 +134,10 @@ def scaled(W0: Tensor, F: Tensor) -> Tensor:
 def first_ponderation(function: Callable, start: str, p: int, *others: Tensor) -> Tensor:
     """The p ponderations at which training starts, with A = B = 1 and the first values (p,) of the other numbers.
 
-    literal: 1, as the paper writes; exact for shift and power, but for the cosine F is then -0.14, not 1. identity:
-    those of least norm for which F = 1. equal: all the same, and F = 1. LabError when every f_i(1, 1) is 0.
+    literal and kaiming: 1, as the paper writes; exact for shift and power, but for the cosine F is then -0.14, not 1.
+    identity: those of least norm for which F = 1. equal: all the same, and F = 1. LabError when every f_i(1, 1) is 0.
     """
-    if start == "literal":
+    if start in ("literal", "kaiming"):
         return torch.ones(p)
     ones, each = torch.ones(p, 1, dtype=torch.float64), torch.eye(p, dtype=torch.float64)
     values = p * function(ones, ones, each, *(other.double().expand(p, p) for other in others))[:, 0, 0]

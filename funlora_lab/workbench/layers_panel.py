@@ -31,7 +31,7 @@ class FunctionsPanel(Panel):
         self.method = control(widgets.Dropdown, "function", "funlora", "340px", options=choices)
         self.functions = control(widgets.IntSlider, "p", 10, min=1, max=MOST)
         self.ratio = control(widgets.Dropdown, "ratio r", 1, "120px", options=ratios)
-        self.start = control(widgets.Dropdown, "start", "identity", "160px", options=STARTS)
+        self.start = control(widgets.Dropdown, "start", "identity", "160px", options=STARTS[:3])
         self.outputs = control(widgets.Dropdown, "rows of F", 32, "150px", options=SIZES)
         self.inputs = control(widgets.Dropdown, "columns", 32, "150px", options=SIZES)
         self.spread = control(widgets.FloatSlider, "spread of A and B about 1", 0.3, "340px", max=1.0, step=0.01)
