@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("file", metavar="FILE")
     add("remove", commands.remove, "run --class --with", "take a class out of a run; its training stays in the store")
     sweep = add("sweep", commands.sweep, "preset --set --device --with", "run what is missing of a preset's tables")
-    sweep.add_argument("--tables", default="windows,functions,operations,ratios,methods", help="joined by commas")
+    every = "windows,functions,functions_everywhere,operations,ratios,methods,systems"
+    sweep.add_argument("--tables", default=every, help="joined by commas")
     sweep.add_argument("--row", action="append", default=[], dest="rows", help="only this row of them (repeatable)")
     sweep.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     sweep.add_argument("--plan", action="store_true", help="only show what is done, what remains and how long it takes")

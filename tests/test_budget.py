@@ -88,6 +88,22 @@ def test_samplers_and_multiples_that_cannot_be_read_are_named(run):
             budget.counts(text, run)
 
 
+def test_the_papers_grid_is_the_default_on_its_benchmark():
+    fixed, adaptive, cheap, dear, multiples = budget.grid(preset("cifar100"), "", "", "", "", "")
+    assert [f"{s['solver']} {s['steps']}" for s in budget.samplers(fixed)] == [f"rk4 {n}" for n in published.BUDGET]
+    assert budget.samplers(adaptive) == []
+    assert [int(word) for word in multiples.split(",")] == list(published.BUDGET.index)
+    assert {cheap, dear} <= set(fixed.split(", "))
+    small = budget.grid(preset("digits"), "rk4 3", "", "", "", "")
+    assert small == ("rk4 3", *budget.SMALL[1:])
+
+
+def test_seconds_of_sampling_stand_beside_the_papers_row(swept):
+    seconds = budget.seconds(swept[1], 20)
+    assert seconds.loc["published, CIFAR100", ["x1", "x10"]].tolist() == [115, 1148]
+    assert seconds.loc["euler 3", "x1"] >= seconds.loc["euler 3", "x0.1"] >= 0
+
+
 def test_table_vii_says_that_ten_times_the_images_buy_eight_points():
     table = published.BUDGET
     assert table.shape == (7, 7)

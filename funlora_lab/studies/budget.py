@@ -12,15 +12,32 @@ from matplotlib.lines import Line2D
 
 from funlora_lab.continual import OpenRun, scores, synthetic, train_classifier
 from funlora_lab.errors import LabError
+from funlora_lab.experiment import Experiment
 from funlora_lab.flow import EVALUATIONS_A_STEP, SOLVERS, Solver
 from funlora_lab.studies import plots, published
 from funlora_lab.systems import draw, solver_of
+
+# (samplers with a fixed grid, with a tolerance, few evaluations, many, multiples of the run's images a class)
+TABLE_VII = ("rk4 2, rk4 3, rk4 4, rk4 5, rk4 6, rk4 10, rk4 20", "", "rk4 2", "rk4 20", "1, 2, 3, 4, 5, 6, 10")
+SMALL = (
+    "euler 1, euler 2, euler 4, midpoint 1, midpoint 2, midpoint 4, rk4 1, rk4 2, rk4 4",
+    "dopri5 1e-1, dopri5 1e-2, dopri5 1e-4, dopri5-each 1e-1, dopri5-each 1e-2",
+    "midpoint 1",
+    "rk4 4",
+    "0.1, 0.33, 1",
+)
+
+
+def grid(experiment: Experiment, *given: str) -> tuple[str, ...]:
+    """What is given of a grid, and for what is empty the paper's own on its benchmark CIFAR100, elsewhere ``SMALL``."""
+    own = TABLE_VII if experiment.preset.startswith("cifar100") else SMALL
+    return tuple(text or default for text, default in zip(given, own, strict=True))
 
 
 def samplers(text: str) -> list[dict]:
     """``"euler 4, dopri5 1e-3"`` -> the settings of each sampler once; raises LabError naming what it cannot read."""
     found = {}
-    for words in (part.split() for part in text.split(",")):
+    for words in (part.split() for part in text.split(",") if part.strip()):
         try:
             name, number = words
             kind, value = ("tolerance", float(number)) if Solver(name).adaptive else ("steps", int(number))
@@ -76,6 +93,17 @@ def sweep(run: OpenRun, samplers: list[dict], counts: list[int], repeats: int = 
     cells = [score(run, repeats, samples_per_class=n, **sampler) for sampler in samplers for n in sorted(counts)]
     table = pd.DataFrame(cells)
     return table.assign(**{"total evaluations": table["evaluations"] * table["images"]})  # for one class
+
+
+def seconds(table: pd.DataFrame, own: int) -> pd.DataFrame:
+    """Table VII's last row beside ours: seconds of sampling all classes, by multiple of the ``own`` images a class."""
+    names, multiples = table["solver"] + " " + table["setting"], (table["images"] / own).map("x{:.2g}".format)
+    ours = table.assign(name=names, multiple=multiples).pivot(
+        index="name", columns="multiple", values="sampling seconds"
+    )
+    ours = ours.loc[names.unique(), multiples.unique()]
+    theirs = pd.DataFrame({f"x{n}": {"published, CIFAR100": spent} for n, spent in published.BUDGET_SECONDS.items()})
+    return pd.concat([theirs, ours.round(2)]).astype(object).fillna("")
 
 
 def pareto(table: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:

@@ -13,10 +13,12 @@ from torch import Tensor
 from funlora_lab import adapters
 from funlora_lab.continual import OpenRun
 from funlora_lab.experiment import Experiment
+from funlora_lab.flow import flow_loss
 from funlora_lab.seeds import stream
 from funlora_lab.studies import rank
 from funlora_lab.studies.plots import COLOURS, INK, Drawing, bands, drawing, legend, style
 from funlora_lab.systems import meta_unet
+from funlora_lab.systems.network import noisy_batch
 from funlora_lab.unet import conv_layers, part_of
 
 
@@ -156,3 +158,18 @@ def start_difference(run: OpenRun, experiment: Experiment, images: int = 16) -> 
     row = {name: value.to(device) for name, value in adapters.stack([adapted.start(run.tasks[1][0])]).items()}
     base = run.network(t, x, adapted.mean_embedding().expand(images, -1))
     return float((adapted.velocity(row, 1)(t, x) - base).abs().max())
+
+
+def first_gradients(run: OpenRun, experiment: Experiment, images: int = 16) -> dict[str, float]:
+    """Largest |gradient| of Eq. 1 at step 0 of ``experiment``'s adapters over the run's base, by number (A, G.A)."""
+    cls, device = run.tasks[1][0], run.runtime.device
+    adapted = adapters.Adapters(run.network, experiment)
+    row = {name: value.to(device).requires_grad_() for name, value in adapters.stack([adapted.start(cls)]).items()}
+    pixels, generator = run.context.dataset.train.of(cls).pixels[:images], stream(0, "first gradients", device=device)
+    x1, x0, t, _ = noisy_batch(pixels.to(device), torch.arange(len(pixels)), False, generator)
+    flow_loss(adapted.velocity(row, 1), x1, x0, t).mean().backward()
+    largest: dict[str, float] = {}
+    for name, value in row.items():
+        number = name.rpartition("/")[2]
+        largest[number] = max(largest.get(number, 0.0), float(value.grad.abs().max()))
+    return largest

@@ -34,7 +34,8 @@ def missing(wanted: list[Cell], folder: Path | None = None) -> list[Experiment]:
 
 def status(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
     """One line a table: runs it needs, finished and remaining."""
-    runs = pd.DataFrame({"table": cell.table, "finished": bool(cell.run(folder).results())} for cell in wanted)
+    runs = [(cell.table, bool(cell.run(folder).results())) for cell in wanted]
+    runs = pd.DataFrame(runs, columns=["table", "finished"])
     counts = runs.groupby("table", sort=False)["finished"].agg(runs="count", finished="sum").rename_axis(None)
     return counts.assign(remaining=counts["runs"] - counts["finished"])
 
@@ -130,7 +131,8 @@ def collect(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:
         line["rate"] = METHODS[e.method].rate_of(e) if e.method in METHODS else None
         line["device"] = results.get("provenance", {}).get("device")
         lines.append(line | {name: results.get(name) for name in ("PPC", *MEASURES)})
-    return pd.DataFrame(lines).astype(dict.fromkeys((*MEASURES, "PPC", "rate"), float))
+    columns = ["table", "row", "method", "seed", "rate", "device", "PPC", *MEASURES]
+    return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys((*MEASURES, "PPC", "rate"), float))
 
 
 def open_row(wanted: list[Cell], row: str, device: str = "auto") -> list[OpenRun]:
@@ -145,7 +147,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_text(value: float, spread: float, n: int, digits: int = 1, scale: float = 1.0) -> str:
-    """``97.1 ± 0.4``; the mean alone for n = 1; what is missing is said in words."""
+    """``97.1 ± 0.4``: mean and standard deviation over seeds; the mean alone for n = 1; what is missing in words."""
     if not n or pd.isna(value):
         return NOT_MEASURED if n else NOT_RUN
     text = f"{scale * value:.{digits}f}"
@@ -153,14 +155,19 @@ def cell_text(value: float, spread: float, n: int, digits: int = 1, scale: float
 
 
 def readable(summary: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
-    """A summary as text: one line a row, its PPC, n, and every measure as mean ± standard deviation."""
-    lines = {}
+    """A summary as text: one line a row, its PPC, n, and every measure as mean ± standard deviation.
+
+    The column of flow losses is empty where no run has one, since nothing is held out.
+    """
+    lines, none_held_out = {}, summary["flow_loss"].isna().all() and summary["n"].any()
     for (_, row), line in summary.iterrows():
         n = int(line["n"])
         lines[row] = {"PPC": f"{line['PPC']:,.0f}" if n else NOT_RUN, "n": n}
         for measure in measures:
             heading, digits, scale = MEASURES[measure]
             lines[row][heading] = cell_text(line[measure], line[f"{measure} sd"], n, digits, scale)
+            if measure == "flow_loss" and none_held_out:
+                lines[row][heading] = ""
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
@@ -172,7 +179,9 @@ def paired(frame: pd.DataFrame, row: str, measure: str = "flow_loss") -> pd.Data
 
 
 def describe(base: Experiment, seeds: Sequence[int]) -> str:
-    """One sentence that says what a notebook's numbers rest on."""
+    """What a notebook's numbers rest on, in a sentence; where nothing is held out, a second one says what follows."""
     images = f"{base.base.images:,} images for the base and {base.adapter.images:,} for every later class"
     about = f"Preset {base.preset}: {base.network.base_channels} channels, {images}, {base.samples_per_class} samples a"
-    return f"{about} class; n = {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."
+    about += f" class; n = {len(seeds)} seed{'s' if len(seeds) > 1 else ''}."
+    why = "Nothing is held out (valid_fraction=0): no flow loss, rows compare by LA, rates are those chosen on digits."
+    return about if base.valid_fraction else f"{about} {why}"

@@ -10,45 +10,65 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from funlora_lab.adapters import METHODS, Adapters
+from funlora_lab.adapters import BUILT_IN, METHODS, Adapters
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment, override
 from funlora_lab.presets import PRESETS, preset
 from funlora_lab.store import Run
 from funlora_lab.studies import plots, published
+from funlora_lab.studies.ledger import RANK_TWO
 from funlora_lab.studies.pretraining import coco
 from funlora_lab.systems import meta_unet
 from funlora_lab.unet import conv_layers, part_of
 
 Rows = dict[str, Experiment]
-SCORED_AFTER = {"rates": "none", "growth": "none"}  # tasks with a classifier; of every other table the last alone
-FEW_WINDOWS = "0-64 5-54 15-44 25-44 25-54 40-54 45-49".split()  # of Table I: those that differ in a smaller network
+# tasks with a classifier, where the paper's table has no AIA; of every other table those of ``score_after``
+SCORED_AFTER = {"operations": "last", "systems": "last", "coco": "last", "rates": "none", "growth": "none"}
 BOUNDS = ("classifier-multitask", "generative-multitask", "label-embedding")
 VARIANTS = ("funlora", "cosine-frozen", "power", "power-frozen", "shift")  # of Table II: one stands for them in Table V
+PRIOR: dict[
+    str, dict
+] = {}  # rows of Table VI beside ours: a name in ``published.PRIOR_SYSTEMS`` -> settings that run it
 
-# preset -> (method, operation, start) -> rate, chosen on seed 0 by the flow loss of held-out training images from 3e-3
-# to 3e-1 in steps of about three (literal starts of additive forms: the identity start's); what is not listed did best
-# at the method's own rate, or (compared methods) keeps it.
+# preset -> (method, operation, start) -> rate, chosen on seed 0 by the flow loss of held-out training images from 1e-3
+# to 1 in steps of about three, so that none lies at an end; with "everywhere" that in all layers, where it is another.
+# What is not listed did best at the method's own rate, or (compared methods) keeps it.
 BEST_RATES = {"digits-small": {
     ("funlora", "mul", "literal"): 1e-1, ("shift", "mul", "identity"): 3e-1, ("power", "mul", "identity"): 3e-2,
     ("power-frozen", "mul", "identity"): 3e-2, ("vanilla-add", "mul", "identity"): 3e-3,
     ("funlora", "add", "identity"): 3e-3, ("funlora", "mul-add", "identity"): 3e-3,
-    ("funlora", "add", "literal"): 3e-3, ("funlora", "mul-add", "literal"): 3e-3,
+    ("funlora", "add", "kaiming"): 3e-2, ("funlora", "mul-add", "kaiming"): 3e-2,
+    ("shift", "everywhere"): 1e-1, ("power", "everywhere"): 1e-2, ("power-frozen", "everywhere"): 1e-2,
 }}  # fmt: skip
 
 
-def base_of(name: str, settings: Sequence[str] = (), compares_losses: bool = False) -> Experiment:
-    """The experiment that tables vary, small where it can be; LabError where losses are compared but none held out."""
-    base = override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), list(settings))
-    if compares_losses and not base.valid_fraction:
-        reason = "valid_fraction=0 holds no images out: set it, say, to 0.02"
-        raise LabError(f"Tables of {name} compare losses, and {reason}.")
-    return base
+def base_of(name: str, settings: Sequence[str] = ()) -> Experiment:
+    """The experiment that tables vary, small where it can be."""
+    return override(preset(f"{name}-small" if f"{name}-small" in PRESETS else name), list(settings))
+
+
+def compared_by(base: Experiment) -> str:
+    """The measure by which rows are compared: the held-out flow loss, or LA where no images are held out."""
+    return "flow_loss" if base.valid_fraction else "LA"
+
+
+def panels(base: Experiment) -> dict[str, str]:
+    """The measures that a figure of rows shows, with their labels."""
+    every = {"flow_loss": "held-out flow loss", "recognition": "samples recognised", "LA": "LA"}
+    return {measure: label for measure, label in every.items() if base.valid_fraction or measure != "flow_loss"}
+
+
+def best_first(summary: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """A summary without its table's name, the best row first: of losses the lowest."""
+    return summary.droplevel("table").sort_values(measure, ascending=measure == "flow_loss")
 
 
 def _at_best_rate(base: Experiment, **changes) -> Experiment:
+    """At the rate chosen for the preset, else at that chosen on digits; at ``adapter_lr`` where that is given."""
     e = base.but(**changes)
-    rate = BEST_RATES.get(e.preset, {}).get((e.method, e.operation, e.start))
+    tuned = BEST_RATES.get(e.preset, BEST_RATES["digits-small"])
+    everywhere = e.window == scaled_window("0-64", e) and (e.method, "everywhere")
+    rate = None if e.adapter.lr else tuned.get(everywhere) or tuned.get((e.method, e.operation, e.start))
     return e.but(adapter_lr=rate) if rate else e
 
 
@@ -62,28 +82,44 @@ def scaled_window(window: str, base: Experiment) -> str:
 
 def windows(base: Experiment) -> Rows:
     """Table I: vanilla mul in the paper's windows, at the same places of this network, and in its own window."""
-    same = len(conv_layers(meta_unet(base))) == 65
-    found = [scaled_window(window, base) for window in (published.WINDOWS if same else FEW_WINDOWS)]
+    found = [scaled_window(window, base) for window in published.WINDOWS]
     return {window: base.but(method="vanilla-mul", window=window) for window in dict.fromkeys([*found, base.window])}
 
 
+def _rank_two(base: Experiment) -> tuple[int, ...]:
+    """The layers given rank 2 in Table II's "rank 1 and 2": at the places of ``RANK_TWO``, or next in the window."""
+    first, last = map(int, base.window.split("-"))
+    places = [int(scaled_window(str(layer), base)) for layer in RANK_TWO]
+    return tuple(dict.fromkeys(min(max(place, first), last) for place in places))
+
+
 def functions(base: Experiment) -> Rows:
-    """Table II: every function, learned and frozen, and the three starts of the cosine."""
+    """Table II in the window: every function, learned and frozen, and the three starts of the cosine."""
+    two = {"extra_rank": _rank_two(base)}
     rows = {
         "cosine, learned": {"method": "funlora"},
         "cosine, learned, equal start": {"method": "funlora", "start": "equal"},
         "cosine, learned, literal start": {"method": "funlora", "start": "literal"},
         "cosine, frozen": {"method": "cosine-frozen"}, "power, learned": {"method": "power"},
         "power, frozen": {"method": "power-frozen"}, "shift": {"method": "shift"},
-        "vanilla mul": {"method": "vanilla-mul"}, "vanilla add": {"method": "vanilla-add"},
+        "vanilla mul": {"method": "vanilla-mul"}, "vanilla mul, rank 1 and 2": {"method": "vanilla-mul"} | two,
+        "vanilla add": {"method": "vanilla-add"}, "vanilla add, rank 1 and 2": {"method": "vanilla-add"} | two,
     }  # fmt: skip
     return {name: _at_best_rate(base, **changes) for name, changes in rows.items()}
 
 
+def functions_everywhere(base: Experiment) -> Rows:
+    """Table II in all layers: the rows that the paper has."""
+    rows = functions(base.but(window=scaled_window("0-64", base)))
+    return {name: rows[name] for name in published.FUNCTIONS}
+
+
 def operations(base: Experiment) -> Rows:
-    """Table IV: W*F, W+F and W*F+G with learned cosines, from the identity and as the paper's formula stands."""
-    rows = {word: {"operation": word} for word in ("mul", "mul-add", "add")}
-    rows |= {f"{word}, literal start": {"operation": word, "start": "literal"} for word in ("mul-add", "add")}
+    """Table IV: W*F, W+F and W*F+G with learned cosines, from the identity and from the starts that the text says."""
+    rows = {word: {"operation": word} for word in ("mul", "mul-add", "add")} | {
+        "mul, literal start": {"start": "literal"}
+    }
+    rows |= {f"{word}, literal start": {"operation": word, "start": "kaiming"} for word in ("mul-add", "add")}
     return {name: _at_best_rate(base, method="funlora", **changes) for name, changes in rows.items()}
 
 
@@ -95,15 +131,25 @@ def ratios(base: Experiment) -> Rows:
 
 
 def methods(base: Experiment) -> Rows:
-    """Table V: the bounds, vanilla conditioning, every compared adapter and FunLoRA."""
-    compared = [method for method in METHODS if method not in (*VARIANTS, *BOUNDS)]
+    """Table V: the bounds, vanilla conditioning, every compared adapter of this package and FunLoRA."""
+    compared = [method for method in METHODS if method in BUILT_IN and method not in (*VARIANTS, *BOUNDS)]
     return {method: _at_best_rate(base, method=method) for method in (*BOUNDS, *compared, "funlora")}
 
 
+def systems(base: Experiment) -> Rows:
+    """Table VI: FunLoRA, the same classifier on ten times the samples, and the prior systems that are run here."""
+    rows = {"FunLoRA": {}, "FunLoRA, 10x samples": {"samples_per_class": 10 * base.samples_per_class}}
+    return {name: _at_best_rate(base, **{"method": "funlora"} | changes) for name, changes in (rows | PRIOR).items()}
+
+
 def rates(base: Experiment) -> Rows:
-    """Adam's rate for the adapters, chosen by the loss on held-out training images: three rates for three methods."""
-    tried = {"funlora": (1e-2, 3e-2, 1e-1), "shift": (3e-2, 1e-1, 3e-1), "vanilla-add": (3e-3, 1e-2, 3e-2)}
-    return {f"{m} at {rate:g}": base.but(method=m, adapter_lr=rate) for m, some in tried.items() for rate in some}
+    """Adam's rate for the adapters, chosen by the loss on held-out training images: a grid for some rows of the tables.
+
+    No rows where nothing is held out: a rate is never chosen by test images.
+    """
+    chosen = {"cosine, learned": (1e-2, 3e-2, 1e-1), "shift": (1e-1, 3e-1, 1.0), "vanilla add": (1e-3, 3e-3, 1e-2)}
+    tried = {name: (functions(base)[name], some) for name, some in chosen.items() if base.valid_fraction}
+    return {f"{name} at {rate:g}": e.but(adapter_lr=rate) for name, (e, some) in tried.items() for rate in some}
 
 
 def growth(base: Experiment) -> Rows:
@@ -115,8 +161,8 @@ def growth(base: Experiment) -> Rows:
     return {f"{method} after {e.adapter.steps} steps": e.but(method=method) for method in some for e in grown}
 
 
-# a table under the name of its function; a study of one's own adds to them
-TABLES = {table.__name__: table for table in (windows, functions, operations, ratios, methods, rates, growth, coco)}
+_ALL = (windows, functions, functions_everywhere, operations, ratios, methods, systems, rates, growth, coco)
+TABLES = {table.__name__: table for table in _ALL}  # under the function's name; a study of one's own adds to them
 
 
 class Cell(NamedTuple):
@@ -134,7 +180,7 @@ def cells(names: Sequence[str], base: Experiment, seeds: Sequence[int], rows: Se
     for name in names:
         if name not in TABLES:
             raise LabError(f"Unknown table '{name}': accepted are {', '.join(TABLES)}.")
-        for row, e in TABLES[name](base.but(score_after=SCORED_AFTER.get(name, "last"))).items():
+        for row, e in TABLES[name](base.but(score_after=SCORED_AFTER.get(name, base.score_after))).items():
             wanted += [Cell(name, row, e.but(seed=seed)) for seed in seeds]
     known = dict.fromkeys(cell.row for cell in wanted)
     if unknown := [row for row in rows if row not in known]:
@@ -143,9 +189,9 @@ def cells(names: Sequence[str], base: Experiment, seeds: Sequence[int], rows: Se
 
 
 def plot_rates(frame: pd.DataFrame) -> plots.Drawing:
-    """Held-out flow loss against Adam's rate, one line a method; the chosen rate is ringed."""
+    """Held-out flow loss against Adam's rate, one line a ``name``; the chosen rate is ringed."""
     figure, axis = plots.chart(6.0, 3.2, "Adam's rate for the adapters", "held-out flow loss")
-    for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
+    for i, (method, part) in enumerate(frame.groupby("name", sort=False)):
         part, look = part.sort_values("rate"), plots.style(i, 5)
         axis.plot(part["rate"], part["flow_loss"], label=method, **look)
         least = part.loc[part["flow_loss"].idxmin()]
