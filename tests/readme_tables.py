@@ -16,6 +16,7 @@ import pandas as pd
 from funlora_lab.adapters import METHODS
 from funlora_lab.presets import preset
 from funlora_lab.studies import ledger, published
+from funlora_lab.studies.tables import scaled_window
 from funlora_lab.systems import meta_unet
 
 ROOT = Path(__file__).parents[1]
@@ -153,8 +154,18 @@ def counted() -> str:
     return f"{two['paper']} for ratio 2 (the formula gives {two['ours']:,})"
 
 
+def window() -> str:
+    """What the preset's window has, and what the one at the place of the paper's 40-54."""
+    windows, own, place = Table("02-windows"), preset("digits").window, scaled_window("40-54", preset("digits"))
+    pairs = ((windows.of(place, column), windows.of(own, column)) for column in ("PPC", "flow loss", "recognised %"))
+    ppc, loss, recognised = pairs
+    better = "loses" if float(loss[0]) > float(loss[1]) else "wins"
+    text = f"that one, {place}, has {ppc[0]} numbers instead of {ppc[1]} and {better} by held-out loss, "
+    return text + f"{loss[0]} against {loss[1]}, with {' % against '.join(recognised)} % recognised ({windows.link})"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    "time": time, "digits": digits, "findings": findings, "tiny": tiny, "counted": counted
+    "time": time, "digits": digits, "findings": findings, "tiny": tiny, "counted": counted, "window": window
 }  # fmt: skip
 
 

@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
 import pytest
+from PIL import Image
 
 from funlora_lab import LabError
+from funlora_lab.presets import configured
+from funlora_lab.studies import keep, published, sweeps, tables
 from funlora_lab.workbench import notebooks
 
 FOLDER = notebooks.folder()
@@ -73,7 +78,7 @@ def smoke_copies(tmp_path_factory):
     before = {name: os.environ.get(name) for name in ("FUNLORA_HOME", "FUNLORA_FIGURES")}
     os.environ.update(FUNLORA_HOME=str(home), FUNLORA_FIGURES=str(home / "figures"))
     try:
-        copies = notebooks.execute("smoke", ["seeds=1"])
+        copies = notebooks.execute("smoke", ["seeds=1", "settings=adapter_images=32 classifier_epochs=1"])
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -97,6 +102,45 @@ def test_a_second_execution_gives_the_same_numbers(smoke_copies):
     home, copies = smoke_copies
     again = nbval(copies, home)
     assert again.returncode == 0, again.stdout[-3000:]
+
+
+TOY = (  # the paper's cifar100, its split and protocol, with a network and a budget that teach nothing
+    "data=folder data_root={} image_size=4 base_channels=4 multipliers=1 res_blocks=1 attention= norm_groups=2 "
+    "window=0-13 lora_v1_window=4-5 lora_v2_window=4-6 functions=2 lanes=80 "
+    "base_images=64 base_batch=16 base_lr=1e-2 base_warmup=0 adapter_images=1 adapter_batch=1 "
+    "solver=euler steps=1 samples_per_class=4 chunk=4 "
+    "classifier=cnn classifier_epochs=1 classifier_batch=500 crop=1 score_after=last"
+)
+
+
+@pytest.mark.heavy
+def test_the_tables_of_the_papers_benchmark_run_with_nothing_held_out(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 1)):
+        for cls in range(100):
+            (folder := tmp_path / "data" / part / f"{cls:02}").mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    settings = TOY.format(tmp_path / "data")
+    e = configured("cifar100", settings)
+    assert (e.split, e.valid_fraction) == ("20-20", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # here and now, which spares every notebook its processes
+    sweeps.perform(tables.cells(list(tables.TABLES), e, [0]), "cpu")
+    few = {"05": ["repeats=1", "fixed=rk4 2, rk4 3", "dear=rk4 3", "multiples=1, 2"], "07": ["draws=2", "shown=2"]}
+    for number in ("02", "03", "04", "05", "06", "07"):
+        own = settings.removesuffix(" score_after=last") if number == "07" else settings  # which shows every task
+        parameters = [f"settings={own}", *few.get(number, ["seeds=1"])]
+        (copy,) = notebooks.execute("cifar100", parameters, f"{number}_")
+        said = " ".join(str(cell.outputs) for cell in code_cells(copy))
+        if number in ("02", "03", "06"):
+            assert "Nothing is held out" in said
+            assert "rates are those chosen on digits" in said
+    kept = keep.folder(e)
+    windows = pd.read_csv(kept / "02-windows.csv")
+    assert windows["flow loss"].isna().all()
+    assert windows["LA %"].notna().all()
+    checked = pd.read_csv(kept / "06-checklist.csv")
+    assert len(checked) == len(list(published.layout()))
 
 
 @pytest.mark.heavy

@@ -229,7 +229,7 @@ def test_tables_are_written_in_three_forms(tmp_path):
     assert "| fun_lora | 97.1 ± 0.4 | 2.0 |" in text[".md"]
     assert "| other | not run |  |" in text[".md"]
     assert r"fun\_lora & 97.1 $\pm$ 0.4 & 2.0 \\" in text[".tex"]
-    assert r"\caption{A caption of 100 \%}" in text[".tex"]
+    assert r"\caption{A caption of 100 \% $\pm$: standard deviation over seeds.}" in text[".tex"]
     assert r"\centering" in text[".tex"]
     assert text[".tex"].count(r"\hline") == 3
     csv = pd.read_csv(tmp_path / "figures" / "smoke" / "06-x.csv", index_col=0)
