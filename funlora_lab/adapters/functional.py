@@ -10,7 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from funlora_lab.adapters.functions import cosine, cosine_frozen, first_ponderation, power, power_frozen, scaled, shift
+from funlora_lab.adapters.functions import (
+    cosine,
+    cosine_frozen,
+    first_ponderation,
+    power,
+    power_frozen,
+    scaled,
+    scaled_by,
+    shift,
+)
 from funlora_lab.adapters.method import (
     Method,
     Row,
@@ -28,13 +37,14 @@ from funlora_lab.errors import LabError
 AS_WRITTEN = ("literal", "kaiming")  # starts of the paper's text, from which no first value is subtracted
 
 
-def functional(name, about, rate, settings, numbers: Callable, matrix: Callable, bound: Callable) -> Method:
+def functional(name, about, rate, settings, numbers, matrix: Callable, bound: Callable, product=None) -> Method:
     """The method of one function (Eq. 4-19, operations of Table IV).
 
     numbers(layer, settings, generator, start) -> the first numbers of F beside A = B = 1; matrix(numbers, settings) ->
-    F. The additive forms subtract F's first value, 1, to start at the identity; the starts of the paper's text leave it
-    in: ``literal``, A = B = 1 everywhere, and ``kaiming``, A Kaiming normal and B zero in what is added (Sec. 5.2).
-    With the latter A B = 0, so every cosine is 1 and A, B and its frequencies never have a gradient.
+    F; product(W0, numbers, settings) -> W0 * F where there is a shorter way to it. The additive forms subtract F's
+    first value, 1, to start at the identity; the starts of the paper's text leave it in: ``literal``, A = B = 1
+    everywhere, and ``kaiming``, A Kaiming normal and B zero in what is added (Sec. 5.2). With the latter A B = 0, so
+    every cosine is 1 and A, B and its frequencies never have a gradient.
     """
 
     def start(layer, settings, generator=None, first=None):
@@ -56,6 +66,8 @@ def functional(name, about, rate, settings, numbers: Callable, matrix: Callable,
         return row
 
     def weight(W0, row, settings):
+        if settings.operation == "mul" and product:
+            return product(W0, row, settings)
         F, first = broadcast(matrix(row, settings), W0), 0.0 if settings.start in AS_WRITTEN else 1.0
         if settings.operation == "mul":
             return scaled(W0, F)
@@ -105,11 +117,14 @@ def function(name: str, rate: float = 3e-2, about: str = "", bound: Callable | N
         def matrix(row: Row, settings: Settings) -> Tensor:
             return checked(*vectors(row, settings), *(row[key] for key in names))
 
+        def product(W0: Tensor, row: Row, settings: Settings) -> Tensor:
+            return scaled_by(f, W0, *vectors(row, settings), *(row[key] for key in names))
+
         def largest(settings: Settings, O: int, I: int) -> int:
             return min(O, I) if bound is None else min(bound(settings.functions, O, I, settings.ratio), O, I)
 
         words = about or (f.__doc__ or name).strip().splitlines()[0].rstrip(".")
-        method = functional(name, words, rate, ("functions",), numbers, matrix, largest)
+        method = functional(name, words, rate, ("functions",), numbers, matrix, largest, product)
         register(replace(method, text=source_text(f, *first.values())))
         return f
 

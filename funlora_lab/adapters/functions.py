@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funlora_lab.errors import LabError
+from funlora_lab.unet.layers import gpu_kernels
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -101,15 +102,21 @@ def cosine(A: Tensor, B: Tensor, ponderation: Tensor, frequency: Tensor) -> Tens
 
 def cosine_frozen(A: Tensor, B: Tensor, ponderation: Tensor) -> Tensor:
     """``cosine`` with the frequencies 1..p (Eq. 16-18)."""
-    steps = torch.arange(1, ponderation.shape[-1] + 1, device=A.device, dtype=A.dtype)
-    return cosine(A, B, ponderation, steps.expand_as(ponderation))
+    return cosine(A, B, ponderation, _steps(ponderation))
+
+
+def _steps(ponderation: Tensor) -> Tensor:
+    p, like = ponderation.shape[-1], {"device": ponderation.device, "dtype": ponderation.dtype}
+    return torch.arange(1, p + 1, **like).expand_as(ponderation)
 
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, W0: Tensor, F: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(W0)
-        weights = W0.new_empty(len(F), *W0.shape, dtype=dtype)
+        one = torch.empty_like(W0, device="meta")  # every class's weights lie in memory as W0 does
+        size, stride = (len(F), *W0.shape), (W0.numel(), *one.stride())
+        weights = torch.empty_strided(size, stride, dtype=dtype, device=W0.device)
         for one, weight in zip(F, weights, strict=True):
             torch.mul(W0, one, out=weight)
         return weights
@@ -125,10 +132,22 @@ def scaled(W0: Tensor, F: Tensor) -> Tensor:
 
     Class by class in the type in which the convolution computes: never are those of many classes in fp32 together.
     """
+    with torch.autocast(W0.device.type, enabled=False):
+        return _Scaled.apply(W0, F, _computed_in(W0))
+
+
+def _computed_in(W0: Tensor) -> torch.dtype:
     kind = W0.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W0.dtype
-    with torch.autocast(kind, enabled=False):
-        return _Scaled.apply(W0, F, dtype)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else W0.dtype
+
+
+def scaled_by(f: Callable, W0: Tensor, A: Tensor, B: Tensor, *numbers: Tensor) -> Tensor:
+    """``scaled`` by F = f(A, B, *numbers); on a GPU the F of a sum of cosines never leaves the registers."""
+    if f in (cosine, cosine_frozen) and W0.dim() == 4 and (kernels := gpu_kernels(W0)):
+        ponderation, frequency = numbers if f is cosine else (*numbers, _steps(*numbers))
+        return kernels.cosine_weights(W0, A, B, ponderation / ponderation.shape[-1], frequency, _computed_in(W0))
+    F = f(A, B, *numbers)
+    return scaled(W0, F.reshape(*F.shape, *[1] * (W0.dim() - 2)))
 
 
 def first_ponderation(function: Callable, start: str, p: int, *others: Tensor) -> Tensor:

@@ -6,10 +6,29 @@ Letters: B images, C channels, H x W pixels, K classes side by side, I input and
 """
 
 import math
+import os
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LARGE = 4096  # pixels of a class from which one convolution keeps a GPU busy; below, one product of all classes does
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from funlora_lab.unet import kernels
+    except ImportError:  # Triton comes with PyTorch for CUDA
+        return None
+    return None if "kernels" in os.environ.get("FUNLORA_WITHOUT", "") else kernels
+
+
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels of our own, for a tensor on a GPU; None elsewhere and where FUNLORA_WITHOUT names them."""
+    return _kernels() if x.is_cuda else None
 
 
 def grouped(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
@@ -24,6 +43,8 @@ def one_by_one(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: in
     """The same as an ordinary convolution for each class in turn."""
     pairs = zip(x.unflatten(0, (-1, len(weight))).unbind(1), weight, strict=True)
     each = [convolution(images, kernel, bias, stride, padding) for images, kernel in pairs]
+    if each[0].stride(1) == 1:  # channels last, and so is what comes back
+        return torch.stack([y.permute(0, 2, 3, 1) for y in each], 1).flatten(0, 1).permute(0, 3, 1, 2)
     return torch.stack(each, 1).flatten(0, 1)
 
 
@@ -33,11 +54,19 @@ def unfolded(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int)
     x = F.pad(x, (padding,) * 4).unfold(2, k, stride).unfold(3, k, stride).unflatten(0, (-1, K))
     x = x.permute(1, 0, 3, 4, 2, 5, 6)  # (K, N, H', W', I, k, k)
     y = torch.bmm(x.flatten(4).flatten(1, 3), weight.flatten(2).transpose(1, 2)) + bias.to(x.dtype)
-    return y.unflatten(1, x.shape[1:4]).permute(1, 0, 4, 2, 3).flatten(0, 1)
+    return y.unflatten(1, x.shape[1:4]).transpose(0, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 FORMS = {"grouped": grouped, "one by one": one_by_one, "unfolded": unfolded}
 KERNEL_SUMS = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # which of 3 entries each of 4 is the sum of
+
+
+def form_for(device_type: str, rows: int, numbers: int) -> str:
+    """The form for classes of so many pixels, whose kernels have so many numbers each."""
+    if device_type == "cuda":  # reckoned, not measured: unfolding takes k k times the images' memory, so only of few
+        return "one by one" if rows >= LARGE else "unfolded"
+    # 6.1 ms against 6.8 and 20 (unfolded) for 64 channels, 270 against 198 and 422 for 512
+    return "grouped" if numbers < 2**17 else "one by one"
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
@@ -47,11 +76,8 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
         raise ValueError(f"a batch of {len(x)} images cannot hold the same number of each of {K} classes")
     if K == 1:
         return F.conv2d(x, weight.reshape(weight.shape[-4:]), bias, stride, padding)
-    if x.device.type == "cuda":  # where it is not measured
-        form = one_by_one if K <= 4 else unfolded
-    else:  # 6.1 ms against 6.8 and 20 (unfolded) for 64 channels, 270 against 198 and 422 for 512
-        form = grouped if weight[0].numel() < 2**17 else one_by_one
-    return form(x, weight, bias, stride, padding)
+    form = form_for(x.device.type, len(x) // K * x.shape[2] * x.shape[3], weight[0].numel())
+    return FORMS[form](x, weight, bias, stride, padding)
 
 
 class Conv2d(nn.Conv2d):
@@ -103,9 +129,20 @@ class Projection(nn.Conv1d):
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` of gcd(groups, channels) groups that keeps bf16 activations in bf16; its statistics are fp32."""
 
+    silu = False  # whether SiLU follows
+
     def __init__(self, groups: int, channels: int):
         super().__init__(math.gcd(groups, channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels := gpu_kernels(x):
+            return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            y = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.silu(y) if self.silu else y
+
+
+class NormSiLU(GroupNorm):
+    """GroupNorm and SiLU, on a GPU in one pass each way."""
+
+    silu = True

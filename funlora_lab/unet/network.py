@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funlora_lab.errors import LabError
-from funlora_lab.unet.layers import Conv2d, DoublingConv2d, GroupNorm, Projection
+from funlora_lab.unet.layers import Conv2d, DoublingConv2d, GroupNorm, NormSiLU, Projection
 
 PARTS = {"input_blocks": "encoder", "middle_block": "middle", "output_blocks": "decoder", "out": "output"}
 
@@ -41,14 +41,17 @@ class Block(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the embedding added in between, and a 1 x 1 shortcut where the channels change."""
+    """Two convolutions with the embedding added in between, and a 1 x 1 shortcut where the channels change.
+
+    ``nn.Identity`` stands where ADM has its SiLU, which here is part of the norm, so that parameters keep ADM's names.
+    """
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(groups, inputs), nn.SiLU(), Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(NormSiLU(groups, inputs), nn.Identity(), Conv2d(inputs, outputs, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outputs))
         last = zeroed(Conv2d(outputs, outputs, 3, padding=1))
-        self.out_layers = nn.Sequential(GroupNorm(groups, outputs), nn.SiLU(), nn.Dropout(dropout), last)
+        self.out_layers = nn.Sequential(NormSiLU(groups, outputs), nn.Identity(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if outputs == inputs else Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ class UNet(nn.Module):
                     layers.append(nn.Sequential(OrderedDict(conv=DoublingConv2d(width, width, 3, padding=1))))
                 self.output_blocks.append(Block(*layers))
         last = zeroed(Conv2d(width, channels, 3, padding=1))
-        self.out = nn.Sequential(GroupNorm(norm_groups, width), nn.SiLU(), last)
+        self.out = nn.Sequential(NormSiLU(norm_groups, width), nn.Identity(), last)
 
     def forward(self, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Velocity (B, C, H, W) at time t (B,) or (), image x (B, C, H, W), and y: labels (B,) or embeddings (B, E)."""
