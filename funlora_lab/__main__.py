@@ -18,7 +18,6 @@ SHARED = {  # arguments of several subcommands
     "--method": {"help": "a method or system of `funlora list`"},
     "--seed": {"help": "a whole number from 0 up"},
     "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N (default: %(default)s)"},
-    "--compile": {"default": "auto", "choices": ("auto", "off", "on", "graphs"), "help": "auto (default): on a GPU"},
     "--class": {"required": True, "metavar": "CLASS", "dest": "cls", "help": "its name or index"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
     "--with": {"action": "append", "default": [], "metavar": "FILE.py", "dest": "files", "help": "execute it first"},
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     minutes, count = _above_zero(float), _above_zero(int)
-    settings = "preset --set --method --seed --device --compile --json --with"
+    settings = "preset --set --method --seed --device --json --with"
     run = add("run", commands.run, settings, "run an experiment, or resume it, or show its stored result")
     run.add_argument("--minutes", type=minutes, help="stop after so many minutes, saved; the same command goes on")
     run.add_argument("--repair", action="store_true", help="first delete stored files that are damaged, then go on")

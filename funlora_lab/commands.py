@@ -123,7 +123,7 @@ def run(arguments) -> None:
     record, device = store.Run.of(experiment), training.own_device(training.pick_device(arguments.device))
     try:
         with contextlib.closing(Progress()) as progress:
-            runtime = training.Runtime(device, stop, report=progress, tell=tell, compile=arguments.compile)
+            runtime = training.Runtime(device, stop, report=progress, tell=tell)
             if not _base_together(record, runtime, arguments.repair):
                 return
             result = continual.run(experiment, runtime=runtime)
@@ -201,8 +201,9 @@ def bench(arguments) -> None:
     if store.checkout() is None:
         raise LabError("The benchmark comes with a clone: run it from one, installed with pip install -e.")
     benchmark = execute(store.checkout() / "tests" / "benchmark.py")
-    runtime = training.Runtime(training.pick_device(arguments.device), compile=arguments.compile)
-    result = benchmark.measure(experiment_of(arguments), runtime, arguments.batch, arguments.repeats, tell=tell)
+    runtime = training.Runtime(training.pick_device(arguments.device))
+    given = (experiment_of(arguments), runtime, arguments.batch, arguments.repeats)
+    result = benchmark.measure(*given, tell=tell, row=lambda row: arguments.json and print(json.dumps(row), flush=True))
     print(json.dumps(result) if arguments.json else benchmark.table(result))
 
 

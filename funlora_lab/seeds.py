@@ -5,6 +5,7 @@ So a resumed run needs no generator state, and a class draws the same numbers wh
 
 import hashlib
 import json
+import math
 import threading
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,18 +22,64 @@ def seed_of(seed: int, *key: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def stream(seed: int, *key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one purpose at one step, on ``device``; streams of different devices differ."""
-    return torch.Generator(device).manual_seed(seed_of(seed, *key))
+def stream(seed: int, *key: str | int) -> torch.Generator:
+    """The generator of one purpose."""
+    return torch.Generator().manual_seed(seed_of(seed, *key))
 
 
 @contextmanager
-def seeded(seed: int, *key: str | int, device: torch.device | str = "cpu"):
-    """Run a block (dropout, weight initialisation) with PyTorch's global generators seeded, then restore them."""
-    device = torch.device(device)
-    with _GLOBAL_GENERATORS, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of(seed, *key))
+def seeded(seed: int, *key: str | int):
+    """Run a block (dropout, weight initialisation) with PyTorch's global generator of the CPU seeded, then restore it.
+
+    Without a key ``seed`` is taken as it is.
+    """
+    with _GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(seed, *key) if key else seed)
         yield
+
+
+class Streams:
+    """K streams of random numbers, one from each of K seeds, in the order in which they are asked for.
+
+    On a CPU they are PyTorch's generators. On a GPU (``counted``) a number is a function of its stream's seed and its
+    place in it, computed by tensor operations: so a step recorded once draws anew when the seeds in its memory change.
+    """
+
+    def __init__(self, seeds: Tensor, counted: bool | None = None):  # int64 (K,)
+        self.seeds, self.drawn = seeds, 0
+        counted = seeds.is_cuda if counted is None else counted
+        self.generators = [] if counted else [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+    def bits(self, n: int) -> Tensor:
+        """The next n numbers of SplitMix64 (Steele, Lea & Flood 2014) of every stream: int64 (K, n)."""
+        places = torch.arange(self.drawn + 1, self.drawn + 1 + n, device=self.seeds.device)
+        self.drawn += n
+        z = self.seeds[:, None] + places * (0x9E3779B97F4A7C15 - 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * (factor - 2**64)
+        return z ^ ((z >> 31) & (2**33 - 1))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1): (K, *shape)."""
+        if self.generators:
+            return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+        return ((self.bits(math.prod(shape)) >> 40 & 0xFFFFFF).float() / 2**24).unflatten(1, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers (K, *shape); the counted ones by Box and Muller."""
+        if self.generators:
+            return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+        n = math.prod(shape)
+        bits = self.bits(-(-n // 2))
+        radius = ((((bits >> 32) & 0xFFFFFFFF).float() + 1) / 2**32).log().mul(-2).sqrt()
+        angle = (bits & 0xFFFFFF).float() * (2 * math.pi / 2**24)
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n].unflatten(1, shape)
+
+    def integers(self, end: int, *shape: int) -> Tensor:
+        """Whole numbers from 0 up to, not including, ``end``: int64 (K, *shape)."""
+        if self.generators:
+            return torch.stack([torch.randint(end, shape, generator=generator) for generator in self.generators])
+        return (self.uniform(*shape) * end).long()
 
 
 class Shuffle:

@@ -21,7 +21,7 @@ from funlora_lab.adapters import Adapters, stack
 from funlora_lab.continual import provenance
 from funlora_lab.experiment import Experiment
 from funlora_lab.systems import build_unet
-from funlora_lab.training import Runtime, arithmetic, has_bf16
+from funlora_lab.training import Runtime, arithmetic, convolutions_in, has_bf16
 
 LANES = (1, 5, 20)  # classes side by side in the comparison at a constant number of images
 RATIOS = {
@@ -77,6 +77,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     n, products = (8192, 20) if device.type == "cuda" else (2048, 1)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
+    tf32 = convolutions_in("fp32", device) == "tf32"  # then products are measured in what convolutions compute in
+    before = torch.backends.cuda.matmul.allow_tf32
+
     def rate() -> float:
         begun = clock(device)
         for _ in range(products):
@@ -84,10 +87,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
         c[0, 0].item()
         return 2 * n**3 * products / (clock(device) - begun)
 
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     rate()  # to warm up
     best, end = 0.0, clock(device) + seconds
     while clock(device) < end:
         best = max(best, rate())
+    torch.backends.cuda.matmul.allow_tf32 = before
     return best
 
 
@@ -144,12 +149,13 @@ def measure(
     repeats: int = 0,
     lane_images: int = 120,
     tell: Callable[[str], None] = lambda sentence: None,
+    row: Callable[[dict], None] = lambda row: None,
 ) -> dict:
     """All comparisons for one experiment on one device, as one object (see ``RATIOS``).
 
     ``batch`` images a base step (0: 8 on a CPU, the experiment's own on a GPU), ``repeats`` counted turns of every
-    contender (0: 5). What needs bf16 is None where the device has no instructions for it. Raises LabError before
-    anything is measured when torchcfm is missing.
+    contender (0: 5). ``row`` is given every comparison as soon as it is made. What needs bf16 is None where the device
+    has no instructions for it. Raises LabError before anything is measured when torchcfm is missing.
     """
     torchcfm_unet(experiment, 1, device=torch.device("meta"))
     device = runtime.device
@@ -158,16 +164,19 @@ def measure(
     precisions = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(device.type) else {})
     bf16 = "bf16" in precisions
     rates = dict.fromkeys(("fp32", "bf16")) | {name: matrix_rate(device, dtype) for name, dtype in precisions.items()}
+    row({"matrix_flops_per_second": rates, "fp32_is": convolutions_in("fp32", device)})
     cost = flops(e, device)
     steps = max(1, min(20, round(0.2 * rates[e.precision] / (cost["base"] * B))))  # a fifth of a second at full rate
     shapes = {k: f"{k} x {lane_images // k}" for k in (2, *LANES)}
     with tempfile.TemporaryDirectory() as folder:
         contenders = Contenders(e, runtime, Path(folder), len(BASE) + K, steps)
-        about = provenance(device, contenders.dataset, e.precision) | {"compile": runtime.compile}
+        about = provenance(device, contenders.dataset, e.precision)
 
         def race(what: str, turns: dict[str, Turn], repeats: int = repeats) -> Race:
             tell(f"{what} ...")
-            return Race(device, steps).run(turns, repeats)
+            done = Race(device, steps).run(turns, repeats)
+            row({"compared": what, "seconds": {name: done.seconds(name) for name in turns}})
+            return done
 
         def base_and_adapters() -> dict[str, Turn]:
             turns = {}
@@ -201,6 +210,7 @@ def measure(
         "steps_per_turn": steps,
         "provenance": about,
         "matrix_flops_per_second": rates,
+        "fp32_is": convolutions_in("fp32", device),
         "images_per_second": images,
         "gflop_per_image": {name: value / 1e9 for name, value in cost.items()},
         "share_of_matrix_rate": {name: images[name] * cost[name] / rates[e.precision] for name in images},
@@ -223,8 +233,8 @@ def table(result: dict) -> str:
     rate, about, memory = result["matrix_flops_per_second"], result["provenance"], result["memory_bytes"]
     lines = [
         f"{result['preset']} in {result['precision']}, {result['batch']} images a step, on {about['device']}, "
-        f"{about['threads']} threads, torch {about['versions']['torch']}, compile {about['compile']}",
-        f"matrix products: {rate['fp32'] / 1e12:.2f} TFLOP/s in fp32, "
+        f"{about['threads']} threads, torch {about['versions']['torch']}",
+        f"matrix products: {rate['fp32'] / 1e12:.2f} TFLOP/s in {result['fp32_is']}, "
         + (f"{rate['bf16'] / 1e12:.2f} in bf16" if rate["bf16"] else "no instructions for bf16"),
         "",
         f"{'':<10} {'images/s':>10} {'GFLOP/image':>12} {'of matrix rate':>15}",

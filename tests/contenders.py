@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from funlora_lab.adapters import Adapters, Row
+from funlora_lab.adapters.functions import scaled
 from funlora_lab.data import Dataset, Images, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import flow_loss
 from funlora_lab.store import Artefact, Store
-from funlora_lab.systems import AdaptedBase, Context, build_unet, draw_chunk, meta_unet
+from funlora_lab.systems import AdaptedBase, Context, build_unet, draw_chunk
 from funlora_lab.training import Runtime, Trainer, autocast
 from funlora_lab.unet.layers import FORMS
 
@@ -139,12 +140,18 @@ class Contenders:
     def forms(self, K: int, N: int) -> dict[str, Turn]:
         """The largest adapted layer's convolution of K classes, forward and backward, in every form."""
         e, device = self.experiment, self.runtime.device
-        layer = max(Adapters(meta_unet(e), e).layers.values(), key=lambda layer: layer.weight.numel())
-        size = e.image_size // 2 ** (len(e.network.multipliers) - 1)
-        dtype = torch.bfloat16 if e.precision == "bf16" else torch.float32
+        net, sides = self.generator().net, []
+        layer = max(Adapters(net, e).layers.values(), key=lambda layer: layer.weight.numel())
+        layer.register_forward_pre_hook(lambda layer, given: sides.append(given[0].shape[-1]))
+        x = torch.zeros(1, e.channels, e.image_size, e.image_size, device=device)
+        net(x[:, 0, 0, 0], x, torch.zeros(1, dtype=torch.long, device=device))
+        dtype, like = torch.bfloat16 if e.precision == "bf16" else torch.float32, {}
+        if device.type == "cuda":
+            like["memory_format"] = torch.channels_last
         O, I, k, _ = layer.weight.shape
-        x = torch.randn(N * K, I, size, size, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(K, O, I, k, k, device=device, dtype=dtype) / I).requires_grad_()
+        x = torch.randn(N * K, I, *sides[:1] * 2, device=device, dtype=dtype).contiguous(**like).requires_grad_()
+        W0 = torch.randn(O, I, k, k, device=device, dtype=dtype).contiguous(**like) / I
+        weight = scaled(W0, torch.ones(K, O, I, 1, 1, device=device, dtype=dtype)).requires_grad_()
         bias = torch.zeros(O, device=device, dtype=dtype)
 
         def turn_of(form) -> Turn:

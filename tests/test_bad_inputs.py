@@ -43,7 +43,6 @@ run smoke --device tpu : device=tpu
 run smoke --device meta : device=meta
 run smoke --device '' : device=
 run smoke --device cuda:99 : device=cuda:99
-run smoke --compile fast : --compile
 run smoke --minutes 0 : --minutes
 run smoke --minutes -1 : --minutes
 run smoke --minutes nan : --minutes

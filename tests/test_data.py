@@ -14,7 +14,7 @@ from funlora_lab import continual, data
 from funlora_lab.data import pictures
 from funlora_lab.errors import LabError
 from funlora_lab.presets import preset
-from funlora_lab.seeds import Shuffle
+from funlora_lab.seeds import Shuffle, Streams, seed_of
 from funlora_lab.store import Run, read_json, read_tensors
 
 FORMATS = ("png", "jpg", "gif", "bmp", "webp", "tif")
@@ -333,3 +333,29 @@ def test_shuffle_gives_the_same_batch_without_the_ones_before():
     for step in range(40):
         batch = first.batch(step, 7)
     assert torch.equal(batch, Shuffle(13, 0, "test").batch(39, 7))
+
+
+def test_counted_streams_are_splitmix64_and_depend_on_their_own_seed_alone():
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    streams = Streams(torch.tensor([7, 1234567, -3]), counted=True)
+    first, rest = streams.bits(2), streams.bits(3)
+    assert [number % 2**64 for number in torch.cat([first, rest], 1)[1].tolist()] == known
+    alone = Streams(torch.tensor([-3]), counted=True)
+    assert torch.equal(alone.bits(5)[0], torch.cat([first, rest], 1)[2])
+
+
+def test_counted_numbers_are_spread_as_pytorch_s_are():
+    n, seeds = 200_000, torch.tensor([seed_of(0, "spread", i) for i in range(2)])
+    for counted in (True, False):
+        streams = Streams(seeds, counted)
+        u, z, whole = streams.uniform(n), streams.normal(10, n // 10), streams.integers(9, n)
+        assert z.shape == (2, 10, n // 10)
+        assert u.min() >= 0
+        assert u.max() < 1
+        assert (torch.histc(u, 20, 0, 1) / u.numel() - 1 / 20).abs().max() < 1.5e-3
+        for power, moment in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
+            assert (z**power).mean().item() == pytest.approx(moment, abs=0.06), power
+        assert (z.abs() > 3).float().mean().item() == pytest.approx(0.0027, abs=4e-4)
+        assert z[0].flatten().dot(z[1].flatten()).abs() / n < 0.01
+        assert z.flatten()[1:].dot(z.flatten()[:-1]).abs() / n < 0.02
+        assert sorted(whole.unique().tolist()) == list(range(9))

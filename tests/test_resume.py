@@ -17,7 +17,7 @@ from funlora_lab import continual, preset
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.experiment import shown
 from funlora_lab.store import Artefact, Run, Store, in_use, read_lines
-from funlora_lab.training import Plan, Runtime, Trainer
+from funlora_lab.training import Plan, Runtime, Trainer, device
 
 
 def stop_after(questions: int):
@@ -164,13 +164,17 @@ def test_a_jumping_clock_changes_nothing(expected, tmp_path, monkeypatch):
     assert all(event["seconds"] >= 0 for event in events if event["event"] in ("loss", "samples"))
 
 
+def step_alone(step):
+    return {"step": torch.tensor(step)}
+
+
 def toy(folder, loss, **runtime):
     """The training of one number under ``loss(weight, step)``."""
     artefact, weight = Store(folder).artefact("toy"), torch.zeros(1, requires_grad=True)
     artefact.open()
     plan, optimizer = Plan(steps=10, batch=1, rate=0.1, log_every=4), torch.optim.SGD([weight], lr=0.1)
-    loss_at = lambda step: loss(weight, step)  # noqa: E731
-    return Trainer(artefact, plan, optimizer, {"w": weight}, loss_at, Runtime(**runtime), [{"stage": "toy"}])
+    given = (step_alone, lambda inputs: loss(weight, inputs["step"]), Runtime(**runtime), [{"stage": "toy"}])
+    return Trainer(artefact, plan, optimizer, {"w": weight}, *given)
 
 
 def bad_loss(bad):
@@ -235,9 +239,9 @@ def test_channels_last_parameters_resume_bit_for_bit(tmp_path):
         assert not conv.weight.is_contiguous()
         artefact.open()
         optimizer = torch.optim.Adam(parameters.values(), lr=0.1, fused=True)
-        loss_at, runtime = lambda step: (conv(x) ** 2).mean()[None], Runtime(stop=stop_after(questions))
-        plan = Plan(steps=9, batch=1, rate=0.1, ema=0.9)
-        return Trainer(artefact, plan, optimizer, parameters, loss_at, runtime, [{"stage": "toy"}]).fit()[0]
+        runtime, plan = Runtime(stop=stop_after(questions)), Plan(steps=9, batch=1, rate=0.1, ema=0.9)
+        given = (step_alone, lambda inputs: (conv(x) ** 2).mean()[None], runtime, [{"stage": "toy"}])
+        return Trainer(artefact, plan, optimizer, parameters, *given).fit()[0]
 
     undisturbed = trained("undisturbed", 100)
     for _ in range(2):
@@ -245,3 +249,33 @@ def test_channels_last_parameters_resume_bit_for_bit(tmp_path):
             trained("stopped", 3)
     resumed = trained("stopped", 3)
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+
+
+@pytest.mark.parametrize("method", ["funlora", "fine-tune"])
+def test_steps_read_from_a_table_as_a_gpu_replays_them_give_the_same_bits(method, tmp_path, monkeypatch, numbers):
+    """The same functions as on a GPU, where a graph of them is replayed: inputs in a table, losses in a ring."""
+    experiment = EXPERIMENT.but(method=method, dropout=0.1)
+    continual.run(experiment, home=tmp_path / "called")
+    rows = []
+    monkeypatch.setattr(device.Steps, "__call__", lambda self, step: rows.append(step) or self.replay(step))
+    monkeypatch.setattr(device, "ROWS", 7)
+    continual.run(experiment, home=tmp_path / "replayed")
+    assert len(rows) > 50
+    assert numbers(tmp_path / "called") == numbers(tmp_path / "replayed")
+
+
+def test_what_a_gpu_runs_can_be_recorded_without_one(monkeypatch):
+    """Where recording fails the function goes on being called, and a warning says why, once."""
+    calls, recorded = [], device.Recorded(lambda: calls.append(1), torch.device("cpu"))
+    recorded.warm = 2
+
+    def no_graph():
+        raise RuntimeError("no graph here\nand a long story")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", no_graph)
+    recorded()
+    recorded()
+    with pytest.warns(UserWarning, match="without a CUDA graph: no graph here$"):
+        recorded()
+    recorded()
+    assert len(calls) == 4

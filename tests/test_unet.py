@@ -1,8 +1,12 @@
 """The U-Net is the paper's to the digit, each layer computes what its namesake does, and every way to run it agrees."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from torch import nn
 from torch.func import functional_call
 
 from funlora_lab.adapters import Adapters, stack
+from funlora_lab.adapters.functions import scaled
 from funlora_lab.errors import LabError
 from funlora_lab.presets import preset
 from funlora_lab.systems import build_unet
 from funlora_lab.training import device
 from funlora_lab.unet import UNet, conv_layers, part_of
-from funlora_lab.unet.layers import FORMS, DoublingConv2d, Projection
+from funlora_lab.unet.layers import FORMS, DoublingConv2d, Projection, form_for
 
 CPU = torch.device("cpu")
 KEYWORDS = "image_size channels base_channels multipliers res_blocks attention head_channels norm_groups dropout"
@@ -254,21 +259,34 @@ def test_bf16_computes_in_fp32_where_the_processor_has_no_instructions_for_it_an
     assert device.arithmetic("bf16", torch.device("cuda")) == "bf16"
 
 
-def test_what_cannot_be_compiled_runs_uncompiled_and_says_why_once(monkeypatch):
-    def broken(function, **settings):
-        def call(*args):
-            raise RuntimeError("no compiler here\nand a long story")
+def test_classes_side_by_side_on_a_gpu_are_unfolded_only_where_they_are_small():
+    """Eight classes of 64 images of CIFAR10, unfolded, did not fit 80 GB: k k times every adapted layer's images."""
+    forms = {(N, side): form_for("cuda", N * side**2, 512 * 256 * 9) for N in (6, 64) for side in (8, 16, 32)}
+    assert forms == dict.fromkeys(forms, "one by one") | dict.fromkeys([(6, 8), (6, 16)], "unfolded")
+    for K, N in ((20, 6), (8, 64), (20, 63), (20, 1)):
+        for side in (4, 8, 16, 32):
+            if form_for("cuda", N * side**2, 512 * 256 * 9) == "unfolded":
+                assert K * N * side**2 * 512 * 9 * 2 < 2**30  # bytes of one layer's neighbourhoods in bf16
 
-        return call
 
-    monkeypatch.setattr(torch, "compile", broken)
-    net, inputs = awake(UNet(classes=2, **SMALL)), batch(SMALL, 4)
-    expected = net(*inputs)
-    device.prepared(net, CPU, "on")
-    with pytest.warns(UserWarning, match="because compiling failed: no compiler here$"):
-        assert torch.equal(net(*inputs), expected)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(net(*inputs), expected)
-    with pytest.raises(LabError, match="compile=always: accepted is one of auto, off, on, graphs"):
-        device.prepared(nn.Linear(1, 1), CPU, "always")
+@pytest.mark.parametrize("form", FORMS.values())
+def test_classes_side_by_side_stay_channels_last(form):
+    x = torch.randn(6, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    W0, F = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(3, 8, 4, 1, 1)
+    weight, bias = scaled(W0, F), torch.zeros(8)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in weight)
+    assert torch.equal(weight, scaled(W0.contiguous(), F))
+    y = form(x, weight, bias, 1, 1)
+    expected = torch.cat([nn.functional.conv2d(x[i : i + 1], weight[i % 3], bias, 1, 1) for i in range(6)])
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    if form is not FORMS["grouped"]:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_kernels_of_a_gpu_agree_with_float64_in_triton_s_interpreter():
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("kernels.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script, "small"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok ") == 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from funlora_lab.flow import Solver, noise
 from funlora_lab.store import fingerprint
 from funlora_lab.systems import Context, Generator
-from funlora_lab.training import Event
+from funlora_lab.training import Event, computing
 
 IMAGES = 4  # of each class, drawn anew for every certificate
 SOLVER = Solver("euler", 2)  # passes every weight twice; the images need not be good, only sensitive
@@ -47,7 +47,8 @@ def draw_few(generator: Generator, cls: int) -> Tensor:
     """A fixed few images (IMAGES, C, H, W) of a class from the weights in memory, in full precision, on the CPU."""
     e, device = generator.context.experiment, generator.context.runtime.device
     x0 = noise(e.seed, cls, 0, (IMAGES, e.channels, e.image_size, e.image_size)).to(device)
-    return SOLVER.integrate(generator.source(cls).velocity(), x0)[0].cpu()
+    with computing(device, exact=True):
+        return SOLVER.integrate(generator.source(cls).velocity(), x0)[0].cpu()
 
 
 def certify(

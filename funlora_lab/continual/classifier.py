@@ -12,10 +12,10 @@ from torchvision.models import resnet18
 
 from funlora_lab.data import Images, to_floats
 from funlora_lab.experiment import Experiment
-from funlora_lab.seeds import Shuffle, seeded, stream
+from funlora_lab.seeds import Shuffle, Streams, seed_of, seeded
 from funlora_lab.store import Artefact
 from funlora_lab.systems import Context, Source, sample_artefact
-from funlora_lab.training import Plan, Trainer, autocast, prepared, send
+from funlora_lab.training import Inputs, Plan, Trainer, autocast, prepared
 
 
 def build(experiment: Experiment, classes: int, *key: str | int) -> nn.Module:
@@ -41,17 +41,17 @@ def build(experiment: Experiment, classes: int, *key: str | int) -> nn.Module:
         )
 
 
-def augment(pixels: Tensor, experiment: Experiment, generator: torch.Generator) -> Tensor:
+def augment(pixels: Tensor, experiment: Experiment, seed: Tensor) -> Tensor:
     """Random crops (after padding) and random mirroring of uint8 images (B, C, H, W) -> floats of the same shape."""
-    x = to_floats(pixels)
+    x, streams = to_floats(pixels), Streams(seed[None])
     B, _, H, W = x.shape
     if experiment.flip:
-        mirrored = torch.rand(B, generator=generator, device=x.device) < 0.5
+        mirrored = streams.uniform(B)[0] < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     if pad := experiment.classifier.crop:
         x = F.pad(x, (pad, pad, pad, pad), value=-1.0)
-        top = torch.randint(0, 2 * pad + 1, (B, 1, 1), generator=generator, device=x.device)
-        left = torch.randint(0, 2 * pad + 1, (B, 1, 1), generator=generator, device=x.device)
+        top = streams.integers(2 * pad + 1, B, 1, 1)[0]
+        left = streams.integers(2 * pad + 1, B, 1, 1)[0]
         rows = top + torch.arange(H, device=x.device)[None, :, None]
         columns = left + torch.arange(W, device=x.device)[None, None, :]
         images = torch.arange(B, device=x.device)[:, None, None]
@@ -71,7 +71,7 @@ def train_classifier(
     settings = dataclasses.asdict(e.classifier) | {"image_size": e.image_size, "channels": e.channels}
     inputs = {"origin": origin, "classes": classes, "settings": settings}
     artefact = context.store.artefact("classifier", **context.inputs, **inputs)
-    net = prepared(build(e, len(classes), len(classes)), context.runtime.device, "off")
+    net = prepared(build(e, len(classes), len(classes)), context.runtime.device)
     context.ready(artefact, lambda: _fit(context, artefact, net, classes, images))
     tensors, facts = artefact.result()
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
@@ -92,16 +92,21 @@ def _fit(context: Context, artefact: Artefact, net: nn.Module, classes: list[int
     rate, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
     optimizer = torch.optim.SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
 
-    def loss_at(step: int) -> Tensor:
-        net.train()
-        order = send(shuffle.batch(step, batch), device)
+    def inputs_at(step: int) -> Inputs:
+        seed = torch.tensor(seed_of(e.seed, "augment", "classifier", len(classes), step))
+        return {"order": shuffle.batch(step, batch), "seed": seed}
+
+    def losses_of(inputs: Inputs) -> Tensor:
+        order = inputs["order"]
         with autocast(e.precision, device):
-            generator = stream(e.seed, "augment", "classifier", len(classes), step, device=device)
-            return F.cross_entropy(net(augment(local.pixels[order], e, generator)), local.labels[order])[None]
+            x = augment(local.pixels[order], e, inputs["seed"])
+            return F.cross_entropy(net(x), local.labels[order])[None]
 
     plan = Plan(steps, batch, rate, "one-cycle", log_every=e.log_every)
     labels, buffers = [{"stage": "classifier", "classes": len(classes)}], dict(net.named_buffers())
-    _, facts = Trainer(artefact, plan, optimizer, parameters, loss_at, context.runtime, labels, buffers).fit()
+    net.train()
+    given = (inputs_at, losses_of, context.runtime, labels, buffers)
+    _, facts = Trainer(artefact, plan, optimizer, parameters, *given).fit()
     test = context.dataset.test.of(classes)
     predicted = torch.tensor(classes)[predict(net, test.pixels)]
     artefact.finish(dict(net.state_dict()) | {"predicted": predicted, "true": test.labels}, **facts)

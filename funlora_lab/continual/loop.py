@@ -25,7 +25,7 @@ from funlora_lab.errors import Absent, LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.store import Run, clear_leftovers, fingerprint, locked
 from funlora_lab.systems import Context, Generator, check_method, draw, generator_of, sample_artefact, solver_of
-from funlora_lab.training import Event, Report, Runtime, arithmetic
+from funlora_lab.training import Event, Report, Runtime, convolutions_in
 from funlora_lab.unet import read_checkpoint
 
 
@@ -39,7 +39,7 @@ def provenance(device: torch.device, dataset: Dataset, experiment: Experiment) -
     packages = ("torch", "torchvision", "torchdiffeq", "numpy")
     return {
         "device": f"{device.type} ({name})",
-        "arithmetic": arithmetic(experiment.precision, device),
+        "arithmetic": convolutions_in(experiment.precision, device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {"funlora-lab": __version__} | {package: version(package) for package in packages},
@@ -131,16 +131,18 @@ def _run(context: Context, generator: Generator) -> dict:
     e, dataset, order, report = context.experiment, context.dataset, context.classes, context.runtime.report
     about = {"preset": e.preset, "method": e.method, "seed": e.seed}
     report({"event": "run", **about, "classes": list(dataset.classes), "tasks": context.tasks})
-    judge, *real = train_classifier(context, order, dataset.train.of(order), {"real": order})
-    context.seconds.clear()  # the judge is not part of the method: its training is not part of the cost
-
     matrix: list[list[float] | None] = []  # None after tasks that are not scored
     own: list[float] = []  # averages of the system's own classifier, where it has one
-    samples, recognised, predicted, true = {}, {}, real[0][:0], real[1][:0]
+    samples, recognised, judged = {}, {}, {}
+    predicted = true = torch.empty(0, dtype=torch.long)
     for k, new in enumerate(context.tasks):
         done, seen, clock = context.tasks[: k + 1], order[: sum(map(len, context.tasks[: k + 1]))], []
         clock.append(context.total_seconds)
         generator.learn(k)
+        if k == 0:  # the judge is not part of the method: its training is not part of the cost
+            spent = dict(context.seconds)
+            judge, *real = train_classifier(context, order, dataset.train.of(order), {"real": order})
+            context.seconds = spent
         if e.score_after != "every" and k < len(context.tasks) - 1:
             matrix.append(None)
             continue
@@ -149,7 +151,8 @@ def _run(context: Context, generator: Generator) -> dict:
         artefacts = {cls: sample_artefact(context, source, cls) for cls, source in sources.items()}
         for cls, source in sources.items():
             samples[cls], context.seconds[artefacts[cls].key] = draw(context, source, cls, e.samples_per_class)
-            recognised[cls] = scores.recognition(judge, order, samples[cls], cls)
+            if judged.get(cls) != (key := artefacts[cls].key):  # else its samples are those of the task before
+                judged[cls], recognised[cls] = key, scores.recognition(judge, order, samples[cls], cls)
         if e.score_after == "none":
             matrix.append(None)
             break

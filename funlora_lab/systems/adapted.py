@@ -3,16 +3,17 @@
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from funlora_lab.adapters import METHODS, Adapters, Method, stack, unstack
-from funlora_lab.seeds import Shuffle, stream
+from funlora_lab.seeds import Shuffle, seed_of
 from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
-from funlora_lab.systems.generator import Batch, Source
+from funlora_lab.systems.generator import Source
 from funlora_lab.systems.network import WholeNetwork, meta_unet, noisy_batch
-from funlora_lab.training import Plan, Trainer, autocast
+from funlora_lab.training import Inputs, Plan, Trainer, autocast
 from funlora_lab.unet import UNet
 
 
@@ -132,25 +133,26 @@ class AdaptedBase(WholeNetwork):
         """
         e, device, adapters = self.context.experiment, self.context.runtime.device, self.adapters
         K, N, rate, key = len(classes), e.adapter.batch, adapters.method.rate_of(e), key or ("adapter",)
-        pixels = pixels or [self.context.dataset.train.of(cls).pixels for cls in classes]
-        pixels = [own.to(device) for own in pixels]
-        shuffles = [Shuffle(len(own), e.seed, *key, cls) for cls, own in zip(classes, pixels, strict=True)]
+        images = pixels or [self.context.dataset.train.of(cls).pixels for cls in classes]
+        pixels, first = torch.cat(images).to(device), [0, *accumulate(map(len, images))]
+        shuffles = [Shuffle(len(own), e.seed, *key, cls) for cls, own in zip(classes, images, strict=True)]
         started = stack(rows or [adapters.start(cls) for cls in classes])
         parameters = {name: value.to(device).requires_grad_() for name, value in started.items()}
 
-        def loss_at(step: int) -> Tensor:
-            batches = [
-                noisy_batch(own, shuffle.batch(step, N), e.flip, stream(e.seed, *key, cls, step, device=device))
-                for cls, own, shuffle in zip(classes, pixels, shuffles, strict=True)
-            ]
-            batch = Batch(*(torch.stack([b[i] for b in batches], 1).flatten(0, 1) for i in range(3)))  # (N*K, ...)
+        def inputs_at(step: int) -> Inputs:
+            order = [k + shuffle.batch(step, N) for k, shuffle in zip(first, shuffles, strict=False)]
+            seeds = torch.tensor([seed_of(e.seed, *key, cls, step) for cls in classes])
+            return {"order": torch.stack(order), "seeds": seeds}
+
+        def losses_of(inputs: Inputs) -> Tensor:
+            batch = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
             with autocast(e.precision, device):
                 return self.loss(adapters.velocity(parameters, K), batch).reshape(N, K).mean(0)
 
         plan = Plan.of(e.adapter, rate, e.adapter.steps, e.log_every)
         optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
         labels = [{"stage": "adapter", "class": cls} for cls in classes]
-        return Trainer(group, plan, optimizer, parameters, loss_at, self.context.runtime, labels)
+        return Trainer(group, plan, optimizer, parameters, inputs_at, losses_of, self.context.runtime, labels)
 
     def source(self, cls: int) -> Source:
         if cls in self.labels:

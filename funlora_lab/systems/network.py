@@ -8,10 +8,10 @@ from torch import Tensor
 
 from funlora_lab.data import Images, to_floats
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
-from funlora_lab.seeds import Shuffle, seeded, stream
+from funlora_lab.seeds import Shuffle, Streams, seed_of, seeded
 from funlora_lab.store import Artefact, fingerprint
 from funlora_lab.systems.generator import Batch, Generator, Source
-from funlora_lab.training import Plan, Trainer, autocast, prepared, send
+from funlora_lab.training import Inputs, Plan, Trainer, autocast, dropout_from, prepared
 from funlora_lab.unet import UNet, load_base, read_checkpoint
 
 NULL = -1  # the label of pictures without one, as ``Dataset.unlabelled`` holds it
@@ -39,15 +39,18 @@ def _meta_unet(classes: int, **settings) -> UNet:
         return UNet(classes=classes, **settings)
 
 
-def noisy_batch(pixels: Tensor, order: Tensor, flip: bool, generator: torch.Generator) -> Batch:
-    """The images ``order`` of pixels (N, C, H, W) as a batch without labels, everything random from one stream."""
-    device = pixels.device
-    x1 = to_floats(pixels[send(order, device)])
+def noisy_batch(pixels: Tensor, order: Tensor, flip: bool, seeds: Tensor) -> Batch:
+    """The images ``order`` (K, N) of pixels (..., C, H, W) as a batch (N*K, ...) without labels.
+
+    Image i is of class i % K; all that is random of a class comes from a stream of its own, by its seed (K,).
+    """
+    streams, N = Streams(seeds), order.shape[1]
+    x1 = to_floats(pixels[order.T.flatten()])
     if flip:
-        mirrored = torch.rand(len(x1), generator=generator, device=device) < 0.5
+        mirrored = (streams.uniform(N) < 0.5).T.flatten()
         x1 = torch.where(mirrored[:, None, None, None], x1.flip(3), x1)
-    x0 = torch.randn(x1.shape, generator=generator, device=device)
-    return Batch(x1, x0, torch.rand(len(x1), generator=generator, device=device))
+    x0 = streams.normal(N, *x1.shape[1:]).transpose(0, 1).flatten(0, 1)
+    return Batch(x1, x0, streams.uniform(N).T.flatten())
 
 
 class WholeNetwork(Generator):
@@ -111,27 +114,30 @@ class WholeNetwork(Generator):
         e, runtime = self.context.experiment, self.context.runtime
         device, team, B = runtime.device, runtime.team, e.base.batch
         team.check(artefact.state_file, B)
-        model = team.wrap(prepared(net, device, runtime.compile).train())
+        model = team.wrap(prepared(net, device).train())
         pixels = images.pixels.to(device)
         positions = torch.tensor([labels.index(cls) for cls in images.labels.tolist()]).to(device)
         shuffle = Shuffle(len(images), e.seed, name, "order")
 
-        def loss_at(step: int) -> Tensor:
-            order = shuffle.batch(step, B)
-            x1, x0, t, _ = noisy_batch(pixels, order, e.flip, stream(e.seed, name, step, device=device))
-            batch = Batch(*team.part(x1, x0, t, positions[send(order, device)]))
-            with seeded(e.seed, name, "dropout", step, *team.key, device=device), autocast(e.precision, device):
+        def inputs_at(step: int) -> Inputs:
+            dropout = torch.tensor(seed_of(e.seed, name, "dropout", step, *team.key))
+            seeds = torch.tensor([seed_of(e.seed, name, step)])
+            return {"order": shuffle.batch(step, B)[None], "seeds": seeds, "dropout": dropout}
+
+        def losses_of(inputs: Inputs) -> Tensor:
+            x1, x0, t, _ = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
+            batch = Batch(*team.part(x1, x0, t, positions[inputs["order"][0]]))
+            with dropout_from(inputs["dropout"]), autocast(e.precision, device):
                 return team.mean(self.loss(lambda t, x: model(t, x, batch.y), batch), B)[None]
 
         parameters, stage = dict(net.named_parameters()), [{"stage": name}]
         optimizer = torch.optim.Adam(parameters.values(), lr=e.base.lr, fused=True)
         plan = Plan.of(e.base, e.base.lr, steps, e.log_every)
-        return Trainer(artefact, plan, optimizer, parameters, loss_at, runtime, stage, clip=e.grad_clip)
+        return Trainer(artefact, plan, optimizer, parameters, inputs_at, losses_of, runtime, stage, clip=e.grad_clip)
 
     def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
         """Take a trained network as the current one; nothing trains it until the next task does."""
-        runtime = self.context.runtime
-        self.net = prepared(net, runtime.device, runtime.compile).eval().requires_grad_(False)
+        self.net = prepared(net, self.context.runtime.device).eval().requires_grad_(False)
         self.key, self.labels = key, labels
 
     def source(self, cls: int) -> Source:

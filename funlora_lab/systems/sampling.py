@@ -15,7 +15,7 @@ from funlora_lab.experiment import Experiment
 from funlora_lab.flow import Solver, Velocity, noise
 from funlora_lab.store import Artefact
 from funlora_lab.systems.generator import Context, Source
-from funlora_lab.training import autocast
+from funlora_lab.training import autocast, computing, replayed
 
 
 def solver_of(experiment: Experiment) -> Solver:
@@ -33,7 +33,7 @@ def sample_artefact(context: Context, source: Source, cls: int) -> Artefact:
 def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device: torch.device) -> tuple[Tensor, int]:
     """(images in [-1, 1], evaluations of the network) of one whole chunk (chunk, C, H, W)."""
     x0 = noise(e.seed, cls, chunk, (e.chunk, e.channels, e.image_size, e.image_size))
-    with autocast(e.precision, device):
+    with computing(device), autocast(e.precision, device):
         return solver_of(e).integrate(velocity, x0.to(device))
 
 
@@ -48,7 +48,7 @@ def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor
             context.may_make(artefact)
             with artefact.held(runtime.check, runtime.tell), memory_for("chunk"):
                 if not path.exists():
-                    velocity = velocity or source.velocity()
+                    velocity = velocity or replayed(source.velocity(), runtime.device)
                     begun = time.monotonic()
                     drawn, evaluations = draw_chunk(velocity, e, cls, chunk, runtime.device)
                     pixels = to_bytes(drawn).cpu()

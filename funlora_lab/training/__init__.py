@@ -1,6 +1,17 @@
 """The one training loop, the devices it runs on, and several processes that train together."""
 
-from funlora_lab.training.device import COMPILE, arithmetic, autocast, has_bf16, pick_device, prepared, send
+from funlora_lab.training.device import (
+    Inputs,
+    arithmetic,
+    autocast,
+    computing,
+    convolutions_in,
+    dropout_from,
+    has_bf16,
+    pick_device,
+    prepared,
+    replayed,
+)
 from funlora_lab.training.processes import Team, launched, own_device, team_of
 from funlora_lab.training.runtime import Event, Report, Runtime, ignore
 from funlora_lab.training.trainer import Plan, Trainer

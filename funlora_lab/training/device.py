@@ -1,16 +1,32 @@
-"""Devices, and how a network runs fastest on one: memory layout, arithmetic, compilation."""
+"""Devices: which one, in what layout and arithmetic a network runs on it, and how a GPU is given whole steps at once.
 
+Nothing above knows of it. A step is a function ``advance(inputs)`` of a few small tensors; on a CPU it is called, on a
+GPU its kernels are recorded as one CUDA graph and replayed. FUNLORA_WITHOUT=graph,kernels,determinism (any of them)
+leaves the graphs out, our own kernels, or the deterministic forms of PyTorch's, to compare or when one of them fails.
+"""
+
+import os
 import re
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funlora_lab.errors import LabError
+from funlora_lab.seeds import seeded
 
-COMPILE = ("auto", "off", "on", "graphs")  # auto: on a GPU on, else off; graphs: replayed as CUDA graphs
+Inputs = dict[str, Tensor]  # what a step depends on: small tensors, of the same shapes at every step
+WARM = 3  # calls of a function before its kernels are recorded, in which libraries set themselves up
+ROWS = 32  # steps whose inputs are sent to a GPU together
+
+
+def without(feature: str) -> bool:
+    """Whether FUNLORA_WITHOUT names a feature: graph, kernels or determinism."""
+    return feature in os.environ.get("FUNLORA_WITHOUT", "").split(",")
 
 
 def pick_device(word: str) -> torch.device:
@@ -25,33 +41,10 @@ def pick_device(word: str) -> torch.device:
     return torch.device(("cuda" if count else "cpu") if word == "auto" else word)
 
 
-def prepared(network: nn.Module, device: torch.device, compile: str = "auto") -> nn.Module:
-    """A network moved to the device, in place, and compiled as asked for; a warning says why where that fails."""
-    if compile not in COMPILE:
-        raise LabError(f"compile={compile}: accepted is one of {', '.join(COMPILE)}.")
-    cuda = device.type == "cuda"
-    if compile == "graphs" and not cuda:
-        warnings.warn("Not compiled: CUDA graphs need a CUDA device.", stacklevel=2)
-    elif (compile == "on" or (cuda and compile != "off")) and network._compiled_call_impl is None:
-        # every precision, batch size and mode of use is a version of its own; beyond the limit PyTorch stops compiling
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        mode = "reduce-overhead" if compile == "graphs" else None
-        compiled = torch.compile(network._call_impl, mode=mode, dynamic=False)
-        network._compiled_call_impl = partial(_call, network, compiled)
-    layout = {"memory_format": torch.channels_last} if cuda else {}  # a CPU loses by it: 1.37 s a step against 1.22
-    return network.to(device, **layout)
-
-
-def _call(network: nn.Module, compiled: Callable, *args, **kwargs):
-    try:
-        return compiled(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as reason:  # whatever the compiler trips over, the network runs without it
-        first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-        warnings.warn(f"Running uncompiled, because compiling failed: {first}", stacklevel=2)
-        network._compiled_call_impl = network._call_impl
-        return network._call_impl(*args, **kwargs)
+def prepared(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network moved to the device, in place."""
+    layout = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    return network.to(device, **layout)  # a CPU loses by channels last: 1.37 s a step against 1.22
 
 
 @cache
@@ -71,11 +64,176 @@ def arithmetic(precision: str, device: torch.device) -> str:
     return precision
 
 
+def convolutions_in(precision: str, device: torch.device) -> str:
+    """In what arithmetic convolutions are computed: PyTorch's fp32 on a GPU is TF32, with factors of 10 bits."""
+    name = arithmetic(precision, device)
+    return "tf32" if name == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32 else name
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Compute in ``precision``: under bf16 convolutions and products are rounded, weights stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=arithmetic(precision, device) == "bf16")
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for what the device is doing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+@contextmanager
+def computing(device: torch.device, exact: bool = False):
+    """A block of a run's own computing; on a CPU nothing.
+
+    On a GPU PyTorch's deterministic kernels, so that on one card the same inputs give the same bits (FUNLORA_WITHOUT=
+    determinism: any), never cuDNN's attention, which fails for some shapes, and where it has to be ``exact`` no TF32.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(exact or not without("determinism"))
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the gradients of the efficient kind are never repeatable
+    tf32 = torch.backends.cudnn.allow_tf32 and not exact
+    try:
+        with sdpa_kernel(kernels), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+class Recorded:
+    """A function without arguments or result, whose work on a GPU is recorded and then replayed as one CUDA graph.
+
+    The first calls run as they are. What cannot be recorded (a function that waits for the GPU) goes on like that, and
+    a warning says why. On a CPU every call runs as it is.
+    """
+
+    def __init__(self, function: Callable[[], None], device: torch.device, record: bool = True):
+        self.function, self.device, self.graph, self.calls = function, device, None, 0
+        self.warm = WARM if record and device.type == "cuda" and not without("graph") else float("inf")
+        self.stream = torch.cuda.Stream(device) if self.warm == WARM else None
+
+    def __call__(self) -> None:
+        if self.graph is None and self.calls >= self.warm:
+            self._record()
+        self.calls += 1
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.stream is None:
+            self.function()
+        else:  # on the stream on which it is recorded, as autograd wants it
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.function()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _record(self) -> None:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.function()
+            self.graph = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as reason:
+            self.warm = float("inf")
+            warnings.warn(f"Running without a CUDA graph: {str(reason).splitlines()[0]}", stacklevel=2)
+
+
+class Steps:
+    """Takes steps by ``advance(inputs)``: their inputs lie in a table on the device, whose next row a step reads.
+
+    Dropout on a GPU is seeded by ``inputs["dropout"]`` before the step; on a CPU ``dropout_from`` does it in its midst.
+    """
+
+    def __init__(self, advance: Callable, inputs_at: Callable[[int], Inputs], steps: int, device, record: bool = True):
+        self.advance, self.inputs_at, self.steps, self.device = advance, inputs_at, steps, device
+        self.table: Inputs = {}
+        self.next, self.first, self.seeds = torch.zeros(1, dtype=torch.long, device=device), 0, []
+        self.rows, self.recorded, self.sent = 0, Recorded(self._take, device, record), None
+
+    def __call__(self, step: int) -> None:
+        with computing(self.device):
+            if self.device.type == "cpu":
+                return self.advance(self.inputs_at(step))
+            self.replay(step)
+
+    def replay(self, step: int) -> None:
+        """One step from the table."""
+        if not self.first <= step < self.first + self.rows:
+            self._send(step)
+        if self.seeds and self.device.type == "cuda":
+            torch.cuda.default_generators[self.next.device.index].manual_seed(self.seeds[step - self.first])
+        self.recorded()
+
+    def _send(self, step: int) -> None:
+        if self.sent is not None:
+            self.sent.synchronize()  # at most two tables are waiting for the GPU
+        each = [self.inputs_at(later) for later in range(step, min(step + ROWS, self.steps))]
+        for name in each[0]:
+            values = torch.stack([inputs[name] for inputs in each])
+            if name not in self.table:
+                self.table[name] = torch.zeros(ROWS, *values.shape[1:], dtype=values.dtype, device=self.device)
+            self.table[name][: len(each)].copy_(pinned(values, self.device), non_blocking=True)
+        self.next.zero_()
+        self.first, self.rows = step, len(each)
+        self.seeds = [inputs["dropout"].item() for inputs in each if "dropout" in inputs]
+        self.sent = torch.cuda.Event() if self.device.type == "cuda" else None
+        if self.sent is not None:
+            self.sent.record(torch.cuda.current_stream(self.device))
+
+    def _take(self) -> None:
+        self.advance({name: values.index_select(0, self.next)[0] for name, values in self.table.items()})
+        self.next += 1
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor from where a device copies it without waiting."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+@contextmanager
+def dropout_from(seed: Tensor):
+    """A block whose dropout masks are a function of a seed (int64); on a GPU that is seen to before the step."""
+    if seed.is_cuda:
+        yield
+    else:
+        with seeded(seed.item()):
+            yield
+
+
+def update(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
+    """One step of an optimizer at a rate (); on a GPU the fused kernel reads it, and its count of steps, there."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate.float() if rate.is_cuda else rate.item()
+        if rate.is_cuda:
+            group |= {"fused": True, "foreach": False} | ({"capturable": True} if "capturable" in group else {})
+    optimizer.step()
+
+
+def move(average: list[Tensor], values: list[Tensor], share: Tensor) -> None:
+    """average + share (values - average), in place."""
+    if share.is_cuda:  # where lerp would wait for its share
+        difference = torch._foreach_sub(values, average)
+        torch._foreach_mul_(difference, share.float())
+        torch._foreach_add_(average, difference)
+    elif share > 0:
+        torch._foreach_lerp_(average, values, share.item())
+
+
+def replayed(velocity: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable:
+    """The same v(t, x), without gradients; on a GPU every evaluation of inputs of the first one's shapes is a graph."""
+    given: list[Tensor] = []
+    result: list[Tensor] = []
+    recorded = Recorded(lambda: result.__setitem__(slice(None), [velocity(*given)]), device)
+
+    def evaluate(t: Tensor, x: Tensor) -> Tensor:
+        if not given:
+            given.extend((t.clone(), x.clone()))
+        if any(old.shape != new.shape or old.dtype != new.dtype for old, new in zip(given, (t, x), strict=True)):
+            return velocity(t, x)
+        for old, new in zip(given, (t, x), strict=True):
+            old.copy_(new)
+        recorded()
+        return result[0].clone()
+
+    return evaluate if device.type == "cuda" else velocity

@@ -36,7 +36,6 @@ class Runtime:
     tell: Callable[[str], None] = ignore  # is given a sentence when something outside holds the work up
     save_seconds: float = field(default_factory=_save_seconds)  # the least time between two saves; 0: every step
     team: Team = field(default_factory=Team)  # the processes that train a whole network together
-    compile: str = "auto"  # one of ``device.COMPILE``
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; only where everything is already saved."""

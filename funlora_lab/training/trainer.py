@@ -14,9 +14,12 @@ from torch import Tensor
 
 from funlora_lab.errors import Damaged, LabError, Stopped, memory_for
 from funlora_lab.store import Artefact
+from funlora_lab.training.device import Inputs, Steps, move, update
 from funlora_lab.training.runtime import Runtime
 
 MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # else base_batch
+KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}  # a step's learning rate, the average's
+# step towards the weights, and where its losses are noted
 KEPT = "the state saved before it is kept, a lower learning rate may help."
 
 
@@ -61,7 +64,9 @@ class Trainer:
     plan: Plan
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Tensor]  # trained in place
-    loss_at: Callable[[int], Tensor]  # step -> (L,); the losses are summed, so no lane's gradient sees another
+    inputs_at: Callable[[int], Inputs]  # step -> all that its losses depend on beside the parameters
+    # -> (L,), summed: no lane's gradient sees another. A GPU repeats what this did in an early step on new inputs
+    losses_of: Callable[[Inputs], Tensor]
     runtime: Runtime
     labels: list[dict]  # what names each lane in its ``loss`` events
     buffers: dict[str, Tensor] = field(default_factory=dict)  # saved with the parameters
@@ -72,7 +77,10 @@ class Trainer:
         self.average = {name: v.detach().clone() for name, v in self.parameters.items()} if averaging else {}
         groups = {"weight": self.parameters, "average": self.average, "buffer": self.buffers}
         self.tensors = {f"{prefix}/{name}": v for prefix, group in groups.items() for name, v in group.items()}
-        self.pending: list[Tensor] = []  # losses (L,) of the steps not yet logged
+        self.losses = torch.zeros(self.plan.log_every, len(self.labels), device=self.runtime.device)  # of steps
+        self.unlogged = 0  # so many of them
+        runtime = self.runtime
+        self.steps = Steps(self.advance, self._inputs_at, self.plan.steps, runtime.device, runtime.team.size == 1)
         self.done, self.earlier = 0, 0.0
         if saved := self.artefact.resume():
             self._restore(*saved)
@@ -95,7 +103,8 @@ class Trainer:
                 elif key != "step" or self.optimizer.defaults.get("fused"):
                     value = value.to(target.device)
                 self.optimizer.state[target][key] = value
-            self.pending = list(saved["losses"].to(self.runtime.device))
+            self.unlogged = len(saved["losses"])
+            self.losses[: self.unlogged] = saved["losses"].to(self.runtime.device)
         except (KeyError, RuntimeError):
             path = self.artefact.state_file
             raise Damaged(path, f"{path} is of another version of the program") from None
@@ -105,7 +114,7 @@ class Trainer:
 
     def _losses(self) -> Tensor:
         """The losses (steps, L) not yet logged; raises LabError when one of them or a weight is not finite."""
-        losses = torch.stack(self.pending).cpu() if self.pending else torch.empty(0, len(self.labels))
+        losses = self.losses[: self.unlogged].cpu()
         for when, lane in (~torch.isfinite(losses)).nonzero().tolist():
             name, step = " ".join(f"{k} {v}" for k, v in self.labels[lane].items()), self.done - len(losses) + when + 1
             raise LabError(f"The loss of {name} was not finite at step {step}; {KEPT}")
@@ -126,33 +135,42 @@ class Trainer:
 
     def step(self) -> None:
         """One step, with its log lines and its save of progress when they are due."""
-        plan, step = self.plan, self.done
-        for group in self.optimizer.param_groups:
-            group["lr"] = plan.rate_at(step)
+        plan = self.plan
         with memory_for(MEMORY.get(self.labels[0]["stage"], "base_batch")):
-            self.optimizer.zero_grad(set_to_none=True)
-            losses = self.loss_at(step)
-            losses.sum().backward()
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip)
-            self.optimizer.step()
-        if self.average and step >= plan.ema_start:
-            n = step - plan.ema_start  # a decay of (1 + n) / (10 + n) at first, else a short run averages its start
-            pair = list(self.average.values()), [value.detach() for value in self.parameters.values()]
-            torch._foreach_lerp_(*pair, 1 - min(plan.ema, (1 + n) / (10 + n)))
-        self.pending.append(losses.detach())
+            self.steps(self.done)
         self.done += 1
+        self.unlogged += 1
         if self.done % plan.log_every == 0 or self.done == plan.steps:
             self._log()
         if self.done < plan.steps and time.monotonic() >= self.save_at:
             self.save()
+
+    def _inputs_at(self, step: int) -> Inputs:
+        plan, n = self.plan, step - self.plan.ema_start
+        # a decay of (1 + n) / (10 + n) at first, else a short run averages its start
+        share = 1 - min(plan.ema, (1 + n) / (10 + n)) if n >= 0 else 0.0
+        numbers = {"rate": plan.rate_at(step), "share": share, "slot": [step % plan.log_every]}
+        return self.inputs_at(step) | {name: torch.tensor(value, dtype=KINDS[name]) for name, value in numbers.items()}
+
+    def advance(self, inputs: Inputs) -> None:
+        """The part of a step that depends on its inputs alone: on a GPU one graph."""
+        values = list(self.parameters.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses_of(inputs)
+        losses.sum().backward()
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(values, self.clip)
+        update(self.optimizer, inputs["rate"])
+        if self.average:
+            move(list(self.average.values()), [value.detach() for value in values], inputs["share"])
+        self.losses.index_copy_(0, inputs["slot"], losses.detach()[None])
 
     def _log(self) -> None:
         for label, loss in zip(self.labels, self._losses().mean(0).tolist(), strict=True):
             facts = {"step": self.done, "steps": self.plan.steps, "images": self.done * self.plan.batch, "loss": loss}
             event = {"event": "loss", **label, **facts, "seconds": round(self.seconds, 3)}
             self.runtime.report(self.artefact.log(event))
-        self.pending = []
+        self.unlogged = 0
 
     def fit(self) -> tuple[dict[str, Tensor], dict]:
         """Train to the end -> (final or averaged parameters, facts); raises Stopped when the runtime asks for it."""

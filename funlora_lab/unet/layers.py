@@ -23,12 +23,12 @@ def _kernels() -> ModuleType | None:
         from funlora_lab.unet import kernels
     except ImportError:  # Triton comes with PyTorch for CUDA
         return None
-    return None if "kernels" in os.environ.get("FUNLORA_WITHOUT", "") else kernels
+    return kernels
 
 
 def gpu_kernels(x: Tensor) -> ModuleType | None:
     """The kernels of our own, for a tensor on a GPU; None elsewhere and where FUNLORA_WITHOUT names them."""
-    return _kernels() if x.is_cuda else None
+    return _kernels() if x.is_cuda and "kernels" not in os.environ.get("FUNLORA_WITHOUT", "").split(",") else None
 
 
 def grouped(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
