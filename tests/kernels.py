@@ -29,7 +29,7 @@ NORMS = {
         ((2, 512, 4, 4), 32, torch.bfloat16, True),
         ((1, 384, 16, 16), 32, torch.float32, True),
     ],
-    "check": [((128, 384, 32, 32), 32, torch.bfloat16, True), ((128, 256, 16, 16), 32, torch.bfloat16, False)],
+    "check": [((32, 384, 32, 32), 32, torch.bfloat16, True), ((32, 256, 16, 16), 32, torch.bfloat16, False)],
 }
 # classes, O, I, kernel size, functions; the type of the weights
 PRODUCTS = {
