@@ -105,13 +105,12 @@ def compiled() -> None:
     pixels = {"C": 384, "CP": 512, "G": 32, "HW": 1024, "SPAN": 64, "P": 8}
     whole = {"C": 384, "G": 32, "GP": 32, "DP": 16, "HW": 1024, "SLICES": 16}
     product = {"T": 9, "p": 10, "N": 32}
-    constants = {
-        "_sums": pixels, "_statistics": whole, "_apply": pixels | {"SILU": True}, "_back_sums": pixels | {"SILU": True},
-        "_back_means": whole, "_back": pixels | {"SILU": True}, "_cosines": product, "_cosines_back": product,
-    }  # fmt: skip
+    silu, forward = pixels | {"SILU": True}, dict.fromkeys(("DY", "MEAN", "RSTD", "WEIGHT", "BIAS"))
+    versions = [("_sums", silu | forward), ("_sums", silu), ("_groups", whole | {"WEIGHT": None}), ("_groups", whole)]
+    versions += [("_apply", silu), ("_back", silu), ("_cosines", product), ("_cosines_back", product)]
     half = {"X", "Y", "DY", "DX", "OUT", "G"}
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    for name, values in constants.items():
+    for name, values in versions:
         kernel = getattr(kernels, name)
         types = {"EPS": "fp32", "O": "i32", "I": "i32"}
         kinds = {each: types.get(each) or ("*bf16" if each in half else "*fp32") for each in kernel.arg_names}

@@ -23,30 +23,63 @@ def _tile(p, C: tl.constexpr, CP: tl.constexpr, HW: tl.constexpr, SPAN: tl.const
 
 
 @triton.jit
-def _sums(X, PARTS, C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr, HW: tl.constexpr, SPAN: tl.constexpr,
-          P: tl.constexpr):  # fmt: skip
-    """Of every channel, over the pixels of one slice of one image: the sums of x - k and (x - k)^2.
+def _per_channel(NUMBERS, b, C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr):
+    """The numbers (B, G) of an image's groups, for every channel (CP,)."""
+    c = tl.arange(0, CP)
+    return tl.load(NUMBERS + b * G + c // (C // G), c < C, other=0.0)
 
-    k is the group's first number in the image: near its mean, so that the variance is no difference of large numbers.
+
+@triton.jit
+def _normed(X, DY, at, there, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """(h, dz): the normalised x, and the gradient of z = weight h + bias, from that of SiLU(z) or of z."""
+    h = (tl.load(X + at, there, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
+    dz = tl.load(DY + at, there, other=0.0).to(tl.float32)
+    if SILU:
+        z = h * weight[None, :] + bias[None, :]
+        s = tl.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    return h, dz
+
+
+@triton.jit
+def _sums(X, DY, MEAN, RSTD, WEIGHT, BIAS, PARTS, SILU: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+          G: tl.constexpr, HW: tl.constexpr, SPAN: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """Two sums of every channel over the pixels of one slice of one image.
+
+    Without DY of x - k and (x - k)^2; k is the group's first number in the image, near its mean, so that the variance
+    is no difference of large numbers. With DY of dz and dz h.
     """
     b, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
-    k = tl.load(X + b * HW * C + c // (C // G) * (C // G), c < C, other=0.0).to(tl.float32)
+    if DY is None:
+        k = tl.load(X + b * HW * C + c // (C // G) * (C // G), c < C, other=0.0).to(tl.float32)
+    else:
+        mean, rstd = _per_channel(MEAN, b, C, CP, G), _per_channel(RSTD, b, C, CP, G)
+        weight, bias = tl.load(WEIGHT + c, c < C, other=0.0), tl.load(BIAS + c, c < C, other=0.0)
     a, q = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
     for p in range(0, SPAN, P):
         at, there = _tile(p, C, CP, HW, SPAN, P)
-        x = tl.load(X + b * HW * C + at, there, other=0.0).to(tl.float32)
-        x = tl.where(there, x - k[None, :], 0.0)
-        a += tl.sum(x, 0)
-        q += tl.sum(x * x, 0)
+        if DY is None:
+            x = tl.load(X + b * HW * C + at, there, other=0.0).to(tl.float32)
+            first = tl.where(there, x - k[None, :], 0.0)
+            second = first * first
+        else:
+            h, first = _normed(X + b * HW * C, DY + b * HW * C, at, there, mean, rstd, weight, bias, SILU)
+            second = first * h
+        a += tl.sum(first, 0)
+        q += tl.sum(second, 0)
     part = PARTS + (b * tl.num_programs(1) + tl.program_id(1)) * 2 * C
     tl.store(part + c, a, c < C)
     tl.store(part + C + c, q, c < C)
 
 
 @triton.jit
-def _group_sums(PARTS, WEIGHT, b, C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-                SLICES: tl.constexpr):  # fmt: skip
-    """The two sums (GP,) of every group of an image, over channels and slices, each channel's times its weight."""
+def _groups(X, PARTS, WEIGHT, FIRST, SECOND, EPS, C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
+            HW: tl.constexpr, SLICES: tl.constexpr):  # fmt: skip
+    """From the sums of an image's channels two numbers a group: its mean and 1 / standard deviation.
+
+    With WEIGHT, on the way back, the means of weight dz and weight dz h.
+    """
+    b, n = tl.program_id(0).to(tl.int64), HW * (C // G)
     g, d = tl.arange(0, GP)[:, None], tl.arange(0, DP)[None, :]
     c, there = g * (C // G) + d, (g < G) & (d < C // G)
     a, q = tl.zeros([GP, DP], tl.float32), tl.zeros([GP, DP], tl.float32)
@@ -54,29 +87,13 @@ def _group_sums(PARTS, WEIGHT, b, C: tl.constexpr, G: tl.constexpr, GP: tl.const
         part = PARTS + (b * SLICES + s) * 2 * C
         a += tl.load(part + c, there, other=0.0)
         q += tl.load(part + C + c, there, other=0.0)
-    if WEIGHT is not None:
-        w = tl.load(WEIGHT + c, there, other=0.0)
-        a, q = a * w, q * w
-    return tl.sum(a, 1), tl.sum(q, 1)
-
-
-@triton.jit
-def _statistics(X, PARTS, MEAN, RSTD, EPS, C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-                HW: tl.constexpr, SLICES: tl.constexpr):  # fmt: skip
-    """Mean and 1 / standard deviation of every group of one image."""
-    b, g = tl.program_id(0).to(tl.int64), tl.arange(0, GP)
-    a, q = _group_sums(PARTS, None, b, C, G, GP, DP, SLICES)
-    k = tl.load(X + b * HW * C + g * (C // G), g < G, other=0.0).to(tl.float32)
-    a, q = a / (HW * (C // G)), q / (HW * (C // G))
-    tl.store(MEAN + b * G + g, k + a, g < G)
-    tl.store(RSTD + b * G + g, tl.rsqrt(tl.maximum(q - a * a, 0.0) + EPS), g < G)
-
-
-@triton.jit
-def _per_channel(NUMBERS, b, C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr):
-    """The numbers (B, G) of an image's groups, for every channel (CP,)."""
-    c = tl.arange(0, CP)
-    return tl.load(NUMBERS + b * G + c // (C // G), c < C, other=0.0)
+    w = 1.0 if WEIGHT is None else tl.load(WEIGHT + c, there, other=0.0)
+    g, a, q = tl.arange(0, GP), tl.sum(a * w, 1) / n, tl.sum(q * w, 1) / n
+    if WEIGHT is None:
+        q = tl.rsqrt(tl.maximum(q - a * a, 0.0) + EPS)
+        a += tl.load(X + b * HW * C + g * (C // G), g < G, other=0.0).to(tl.float32)
+    tl.store(FIRST + b * G + g, a, g < G)
+    tl.store(SECOND + b * G + g, q, g < G)
 
 
 @triton.jit
@@ -93,46 +110,6 @@ def _apply(X, Y, MEAN, RSTD, WEIGHT, BIAS, SILU: tl.constexpr, C: tl.constexpr, 
         if SILU:
             z = z * tl.sigmoid(z)
         tl.store(Y + b * HW * C + at, z.to(Y.dtype.element_ty), there)
-
-
-@triton.jit
-def _normed(X, DY, at, there, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """(h, dz): the normalised x, and the gradient of z = weight h + bias, from that of SiLU(z) or of z."""
-    h = (tl.load(X + at, there, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
-    dz = tl.load(DY + at, there, other=0.0).to(tl.float32)
-    if SILU:
-        z = h * weight[None, :] + bias[None, :]
-        s = tl.sigmoid(z)
-        dz = dz * s * (1 + z * (1 - s))
-    return h, dz
-
-
-@triton.jit
-def _back_sums(X, DY, MEAN, RSTD, WEIGHT, BIAS, PARTS, SILU: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-               G: tl.constexpr, HW: tl.constexpr, SPAN: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """Of every channel, over the pixels of one slice of one image: the sums of dz and dz h."""
-    b, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
-    mean, rstd = _per_channel(MEAN, b, C, CP, G), _per_channel(RSTD, b, C, CP, G)
-    weight, bias = tl.load(WEIGHT + c, c < C, other=0.0), tl.load(BIAS + c, c < C, other=0.0)
-    a, q = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
-    for p in range(0, SPAN, P):
-        at, there = _tile(p, C, CP, HW, SPAN, P)
-        h, dz = _normed(X + b * HW * C, DY + b * HW * C, at, there, mean, rstd, weight, bias, SILU)
-        a += tl.sum(dz, 0)
-        q += tl.sum(dz * h, 0)
-    part = PARTS + (b * tl.num_programs(1) + tl.program_id(1)) * 2 * C
-    tl.store(part + c, a, c < C)
-    tl.store(part + C + c, q, c < C)
-
-
-@triton.jit
-def _back_means(PARTS, WEIGHT, A, Q, C: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-                HW: tl.constexpr, SLICES: tl.constexpr):  # fmt: skip
-    """Means over every group of one image: of weight dz, and of weight dz h."""
-    b, g = tl.program_id(0).to(tl.int64), tl.arange(0, GP)
-    a, q = _group_sums(PARTS, WEIGHT, b, C, G, GP, DP, SLICES)
-    tl.store(A + b * G + g, a / (HW * (C // G)), g < G)
-    tl.store(Q + b * G + g, q / (HW * (C // G)), g < G)
 
 
 @triton.jit
@@ -162,8 +139,8 @@ class _GroupNorm(torch.autograd.Function):
         parts = torch.empty(B, slices, 2, C, device=x.device)
         mean, rstd = torch.empty(2, B, groups, device=x.device)
         y = torch.empty_like(x)
-        _sums[(B, slices)](x, parts, **pixels, num_warps=WARPS)
-        _statistics[(B,)](x, parts, mean, rstd, eps, **whole)
+        _sums[(B, slices)](x, *[None] * 5, parts, SILU=silu, **pixels, num_warps=WARPS)
+        _groups[(B,)](x, parts, None, mean, rstd, eps, **whole)
         _apply[(B, slices)](x, y, mean, rstd, weight, bias, SILU=silu, **pixels, num_warps=WARPS)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.silu, ctx.pixels, ctx.whole = silu, pixels, whole
@@ -177,9 +154,9 @@ class _GroupNorm(torch.autograd.Function):
         slices, C, groups = (ctx.whole[name] for name in ("SLICES", "C", "G"))
         parts = torch.empty(len(x), slices, 2, C, device=x.device)
         a, q = torch.empty(2, len(x), groups, device=x.device)
-        given, how = (x, dy, mean, rstd, weight, bias), {"SILU": ctx.silu, **ctx.pixels, "num_warps": WARPS}
-        _back_sums[(len(x), slices)](*given, parts, **how)
-        _back_means[(len(x),)](parts, weight, a, q, **ctx.whole)
+        how = {"SILU": ctx.silu, **ctx.pixels, "num_warps": WARPS}
+        _sums[(len(x), slices)](x, dy, mean, rstd, weight, bias, parts, **how)
+        _groups[(len(x),)](x, parts, weight, a, q, 0.0, **ctx.whole)
         _back[(len(x), slices)](x, dy, dx, mean, rstd, weight, bias, a, q, **how)
         bias_grad, weight_grad = parts.sum((0, 1)) if any(ctx.needs_input_grad[1:3]) else (None, None)
         return dx, weight_grad, bias_grad, None, None, None
