@@ -181,10 +181,11 @@ def test_a_device_that_is_not_there(capsys):
     assert "no such CUDA device" in capsys.readouterr().err
 
 
-def test_bad_patience_in_the_environment(capsys, monkeypatch):
-    monkeypatch.setenv("FUNLORA_SAVE_SECONDS", "often")
+@pytest.mark.parametrize("word", ["FUNLORA_SAVE_SECONDS=often", "FUNLORA_WITHOUT=speed"])
+def test_bad_words_in_the_environment(word, capsys, monkeypatch):
+    monkeypatch.setenv(*word.split("="))
     assert main(["run", "smoke"]) == 2
-    assert "FUNLORA_SAVE_SECONDS=often" in capsys.readouterr().err
+    assert f"{word}: accepted" in capsys.readouterr().err
 
 
 def test_the_real_command_says_the_same(tmp_path):

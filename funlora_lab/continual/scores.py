@@ -10,6 +10,7 @@ from funlora_lab.data import to_floats
 from funlora_lab.flow import flow_loss
 from funlora_lab.seeds import stream
 from funlora_lab.systems import Context, Source
+from funlora_lab.training import computing
 
 
 def average_accuracies(matrix: list[list[float] | None]) -> list[float | None]:
@@ -50,5 +51,6 @@ def held_out_loss(context: Context, source: Source, cls: int, draws: int = 8) ->
         generator = stream(0, "held out", cls, k)
         x0 = torch.randn(x1.shape, generator=generator)
         t = (torch.rand(n, generator=generator) + torch.arange(n).roll(k * n // draws)) / n
-        losses.append(flow_loss(velocity, x1.to(device), x0.to(device), t.to(device)).mean().item())
+        with computing(device):
+            losses.append(flow_loss(velocity, x1.to(device), x0.to(device), t.to(device)).mean().item())
     return mean(losses)

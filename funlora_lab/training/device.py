@@ -20,12 +20,13 @@ from funlora_lab.errors import LabError
 from funlora_lab.seeds import seeded
 
 Inputs = dict[str, Tensor]  # what a step depends on: small tensors, of the same shapes at every step
+FEATURES = ("graph", "kernels", "determinism")  # of a GPU, which FUNLORA_WITHOUT leaves out
 WARM = 3  # calls of a function before its kernels are recorded, in which libraries set themselves up
 ROWS = 32  # steps whose inputs are sent to a GPU together
 
 
 def without(feature: str) -> bool:
-    """Whether FUNLORA_WITHOUT names a feature: graph, kernels or determinism."""
+    """Whether FUNLORA_WITHOUT names one of FEATURES."""
     return feature in os.environ.get("FUNLORA_WITHOUT", "").split(",")
 
 
@@ -38,6 +39,8 @@ def pick_device(word: str) -> torch.device:
     if word.startswith("cuda") and int(known[1] or 0) >= count:
         there = f"cuda:0 to cuda:{count - 1}" if count else "auto or cpu"
         raise LabError(f"device={word}: there is no such CUDA device here; accepted is {there}.")
+    if unknown := set(filter(None, os.environ.get("FUNLORA_WITHOUT", "").split(","))) - set(FEATURES):
+        raise LabError(f"FUNLORA_WITHOUT={','.join(unknown)}: accepted are {', '.join(FEATURES)}, joined by commas.")
     return torch.device(("cuda" if count else "cpu") if word == "auto" else word)
 
 
@@ -93,7 +96,7 @@ def computing(device: torch.device, exact: bool = False):
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # the gradients of the efficient kind are never repeatable
     tf32 = torch.backends.cudnn.allow_tf32 and not exact
     try:
-        with sdpa_kernel(kernels), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        with torch.cuda.device(device), sdpa_kernel(kernels), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

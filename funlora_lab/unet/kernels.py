@@ -164,7 +164,8 @@ class _GroupNorm(torch.autograd.Function):
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
     """GroupNorm, and SiLU after it where asked for, of images (B, C, H, W) in any type; sums and weights in fp32."""
-    return _GroupNorm.apply(x, weight, bias, groups, eps, silu)
+    with torch.cuda.device_of(x):
+        return _GroupNorm.apply(x, weight, bias, groups, eps, silu)
 
 
 @triton.jit
@@ -256,4 +257,5 @@ def cosine_weights(W0: Tensor, A: Tensor, B: Tensor, ponderation: Tensor, freque
 
     W0 (O, I, k, k) without gradient; A (K, O), B (K, I), ponderation and frequency (K, p), fp32 -> (K, O, I, k, k).
     """
-    return _CosineWeights.apply(W0, A, B, ponderation, frequency, dtype)
+    with torch.cuda.device_of(W0):
+        return _CosineWeights.apply(W0, A, B, ponderation, frequency, dtype)
