@@ -170,7 +170,7 @@ def measure(
     shapes = {k: f"{k} x {lane_images // k}" for k in (2, *LANES)}
     with tempfile.TemporaryDirectory() as folder:
         contenders = Contenders(e, runtime, Path(folder), len(BASE) + K, steps)
-        about = provenance(device, contenders.dataset, e.precision)
+        about = provenance(device, contenders.dataset, e)
 
         def race(what: str, turns: dict[str, Turn], repeats: int = repeats) -> Race:
             tell(f"{what} ...")
