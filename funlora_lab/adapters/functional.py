@@ -42,7 +42,6 @@ def functional(name, about, rate, settings, numbers, matrix: Callable, bound: Ca
 
     numbers(layer, settings, generator, start) -> the first numbers of F beside A = B = 1; matrix(numbers, settings) ->
     F; product(W0, numbers, settings) -> W0 * F where there is a shorter way to it. The additive forms subtract F's
-    F; product(W0, numbers, settings) -> W0 * F where there is a shorter way to it. The additive forms subtract F's
     first value, 1, to start at the identity; the starts of the paper's text leave it in: ``literal``, A = B = 1
     everywhere, and ``kaiming``, A Kaiming normal and B zero in what is added (Sec. 5.2). With the latter A B = 0, so
     every cosine is 1 and A, B and its frequencies never have a gradient.
