@@ -56,7 +56,8 @@ def test_committed_notebook_is_clean_and_short(notebook):
         assert not any(alias.name == "*" for node in stars for alias in node.names)
         assert "sys.path" not in cell.source
     assert any(cell.outputs for cell in cells), "committed notebooks keep their outputs"
-    assert "Checks" in book.cells[-2].source
+    titles = [cell.source for cell in book.cells]  # the workbench ends at its panels: its checks stand before them
+    assert "Checks" in (titles[-2] if cells[-1].source != "bench.report" else cells[1].source)
 
 
 @names

@@ -1,4 +1,4 @@
-"""The workbench without a kernel or a browser: every widget is set or clicked, and what is shown is checked."""
+"""The workbench without a kernel or a browser: every control is set or pressed, and what is shown is checked."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ from funlora_lab import LabError, continual, function, open_run, preset
 from funlora_lab.__main__ import _parser
 from funlora_lab.adapters import METHODS
 from funlora_lab.commands import experiment_of
-from funlora_lab.continual import OpenRun
 from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.flow import SOLVERS, Solver
 from funlora_lab.store import Run, read_json, read_lines, read_tensors, write_json
 from funlora_lab.studies.rank import TOLERANCE
-from funlora_lab.workbench import layers, markup, page, report, runs, runs_panel
+from funlora_lab.workbench import images, layers, markup, page, panel, report, runs, runs_panel
 from funlora_lab.workbench.images import SameNoise
+from funlora_lab.workbench.lens import Bend, Lens
 
 SMALL, PATIENCE = preset("smoke"), 120  # seconds, for a thread on a loaded machine
 
@@ -47,10 +47,6 @@ def pixels_of(html: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part.split('"')[0])))) for part in parts]
 
 
-def rank_in(panel) -> int:
-    return int(re.search(r">rank (\d+)<", panel.picture.value)[1])
-
-
 def row_of(images) -> np.ndarray:
     return markup.row_of_images(images).squeeze()
 
@@ -58,24 +54,16 @@ def row_of(images) -> np.ndarray:
 def put(panel, **values) -> None:
     """Set controls one after the other."""
     for name, value in values.items():
-        getattr(panel, name).value = value
+        setattr(panel, name, value)
 
 
 def ended(panel, words: str = "Done.") -> None:
-    panel.job.thread.join(PATIENCE)
-    assert (panel.job.thread.is_alive(), "Traceback" in panel.job.note.value) == (False, False)
-    assert words in panel.job.note.value
+    panel.thread.join(PATIENCE)
+    assert (panel.thread.is_alive(), "unforeseen" in panel.bar) == (False, False), panel.bar
+    assert words in panel.bar
 
 
-def drawn(panel, view: int, **values) -> list[np.ndarray]:
-    """Set the samples panel, draw, and return the pictures that it shows."""
-    put(panel, view=panel.view.options[view], **values)
-    panel.draw_button.click()
-    ended(panel)
-    return pixels_of(panel.picture.value)
-
-
-def until(holds, going, reason) -> None:
+def until(holds, going=lambda: True, reason=lambda: "") -> None:
     began = time.monotonic()
     while not holds():
         assert going(), reason()
@@ -83,188 +71,245 @@ def until(holds, going, reason) -> None:
         time.sleep(0.02)
 
 
-def test_every_function_shows_the_rank_of_the_matrix_it_draws_and_every_slider_changes_it_fast(house):
-    panel, methods = house.bench.functions, [name for name, method in METHODS.items() if method.matrix]
-    assert [name for _, name in panel.method.options] == methods
-    for method in methods:
-        panel.method.value = method
-        view, pictures = panel.view(), pixels_of(panel.picture.value)
-        assert rank_in(panel) == view.rank == np.linalg.matrix_rank(view.F.numpy(), rtol=TOLERANCE) <= view.bound
-        shapes, words = [picture.shape[:2] for picture in pictures], f"of at most {view.bound} "
-        assert (shapes, words in panel.picture.value) == ([(32, 1), (1, 32), (32, 32)], True)
-        assert np.array_equal(pictures[2], layers.around_one(view.F))
-    for method, amount, ranks in (("vanilla-mul", 0.3, [1]), ("funlora", 0.0, [1]), ("funlora", 0.3, range(6, 33))):
-        put(panel, method=method, spread=amount)  # a product has rank one, a constant too, and the cosine raises it
-        assert rank_in(panel) in ranks
-    for slider in (panel.ponderations[2], panel.frequencies[1]):
-        before = panel.view().F
-        slider.value += 0.7
-        assert not torch.equal(before, panel.view().F)
-        assert np.array_equal(pixels_of(panel.picture.value)[2], layers.around_one(panel.view().F))
-    numbers = {name: value.double() for name, value in panel.numbers().items()}
-    assert numbers["frequency"][1] == pytest.approx(panel.frequencies[1].value, abs=1e-6)
-    expected = torch.cos(numbers["frequency"][:, None, None] * (numbers["A"][:, None] * numbers["B"][None]))
-    assert torch.allclose(panel.view().F, (numbers["ponderation"][:, None, None] * expected).mean(0), atol=1e-5)
-    times = [setattr(panel.ponderations[0], "value", i / 10) or panel.milliseconds for i in range(20)]
-    assert sorted(times)[10] < 100
+def rank_in(lens) -> int:
+    return int(re.search(r">rank (\d+)<", lens.picture)[1])
 
 
-def test_functions_p_ratio_start_and_sizes_do_what_they_say_and_learned_numbers_are_shown_as_stored(house):
-    panel = house.bench.functions
-    panel.functions.value = 3
-    shown = [slider for slider in panel.ponderations if slider.layout.display != "none"]
-    assert len(shown) == len(panel.numbers()["ponderation"]) == 3
-    put(panel, functions=10, outputs=64, ratio=4)
-    view = panel.view()
-    assert (view.F.shape, view.bound) == ((64, 32), 8)
-    assert torch.equal(view.F[0::4], view.F[1::4])
-    put(panel, outputs=32, ratio=1, spread=0.0)
-    for start, mean in {"literal": np.cos(np.arange(1, 11)).mean(), "equal": 1}.items():
-        panel.start.value = start
-        assert panel.view().F.mean().item() == pytest.approx(mean, abs=1e-5)
-    put(panel, start="identity", spread=0.3)
-    before = panel.view().A
-    panel.seed.value = 1
-    assert not torch.equal(before, panel.view().A)
+def test_the_lens_shows_the_function_of_every_learned_layer_and_every_slider_changes_it_fast(house):
+    lens, adapted = house.bench.lens, layers.AdaptedLayers(house.run)
     cls = min(house.run.generator.rows)
-    put(panel, layer=panel.layer.options[3], source=cls)
-    expected = layers.function_view("funlora", layers.AdaptedLayers(house.run).numbers(cls, panel.layer.value))
-    assert torch.equal(panel.view().F, expected.F)
-    assert (rank_in(panel), panel.method.disabled) == (expected.rank, True)
-    panel.source.value = panel.source.options[0][1]
-    assert not panel.method.disabled
-    table = layers.AdaptedLayers(house.other).table(12)
-    assert set(table["bound"]) == {2}, "the bound of learned numbers counts the rank and the ratio"
-    assert (table["rank"] <= 2).all()
-    assert METHODS["funlora"].bound(layers.settings_of("funlora", ratio=2), 16, 16) == 8
+    for layer in (11, 20):
+        put(lens, cls=cls, layer=layer)
+        view = adapted.view(cls, layer)
+        assert rank_in(lens) == view.rank == np.linalg.matrix_rank(view.F.numpy(), rtol=TOLERANCE) <= view.bound
+        assert np.array_equal(pixels_of(lens.picture)[2], layers.around_one(view.F))
+        assert lens.ponderation == pytest.approx(adapted.numbers(cls, layer)["ponderation"].tolist())
+    for name in ("ponderation", "frequency"):
+        before, values = lens.lens.view(lens.bend).F, list(getattr(lens, name))
+        values[1] += 0.7
+        setattr(lens, name, values)
+        assert not torch.equal(before, lens.lens.view(lens.bend).F)
+        assert np.array_equal(pixels_of(lens.picture)[2], layers.around_one(lens.lens.view(lens.bend).F))
+        assert f"{lens.layer}.{name}.1=" in lens.text
+    A, B, ponderation, frequency = (
+        lens.lens.numbers(lens.bend, 20)[name] for name in ("A", "B", "ponderation", "frequency")
+    )
+    expected = torch.cos(frequency[:, None, None] * (A[:, None] * B[None]))
+    assert torch.allclose(lens.lens.view(lens.bend).F, (ponderation[:, None, None] * expected).mean(0))
+    times = []
+    for _i in range(20):
+        lens.frequency = [value + 0.1 for value in lens.frequency]
+        times.append(lens.milliseconds)
+    assert sorted(times)[10] < 100
+    lens.press("reset")
+    assert lens.lens.view(lens.bend).F.equal(adapted.view(cls, 20).F)
+
+
+def test_images_of_a_bent_class_are_those_of_its_numbers_and_a_state_is_reproduced_by_its_text_and_undone(house):
+    lens, bent = house.bench.lens, Lens(house.run)
+    solver, names = Solver("midpoint", 2), bent.adapted.names
+    learned = bent.draw(Bend(7, 11), solver)
+    assert torch.equal(learned.states[-1], SameNoise(house.run, 8, solver).images(7))
+    everything_off = bent.row(Bend(7, 11, off=tuple(names)))
+    neutral = house.run.adapters.neutral()
+    assert all(torch.equal(everything_off[name], value) for name, value in neutral.items())
+    one = bent.row(Bend(7, 11, off=(12,), changed={(11, "frequency", 2): 4.5}, spread={13: 0.1}))
+    differ = {name.rpartition("/")[0] for name, value in house.run.row(7).items() if not torch.equal(one[name], value)}
+    assert differ == {names[11], names[12], names[13]}
+    assert one[f"{names[11]}/frequency"][2] == 4.5
+    state = "class=7 layer=13 off=12,14 13.spread=0.1 11.frequency.2=4.5"
+    assert str(Bend.read(state)) == state
+    lens.text = state
+    assert (lens.bend, lens.cls, lens.layer, lens.spread) == (Bend.read(state), 7, 13, 0.1)
+    assert "still the images before" in lens.note
+    shown = bent.draw(Bend.read(state), solver, 9).states[-1]
+    until(lambda: np.array_equal(pixels_of(lens.samples)[1][-8:, :8, 0], shown[0, 0].numpy()))
+    assert not np.array_equal(*pixels_of(lens.samples))
+    until(lambda: not lens.note)
+    lens.press("switch", "12")
+    assert lens.bend.off == (14,)
+    lens.press("undo")
+    assert str(lens.bend) == state
+    for words, said in (
+        ("class=7 layer=3", "Layer 3 is not adapted"),
+        ("class=99 layer=13", "class=99"),
+        ("layer", "says nothing of a bent class"),
+        ("class=7 layer=13 13.frequency.9=1", "13.frequency.9"),
+        ("class=7 layer=13 function=kml", "function=kml"),
+    ):
+        lens.text = words
+        assert said in unescape(lens.note), words
+        assert str(lens.bend) == state, "what cannot be shown changes nothing"
+    lens.press("reset")
+    for one in (0, 6):  # a class of task 1 has the neutral numbers
+        lens.cls = one
+        assert (rank_in(lens) > 1) == (one == 6)
 
 
 @patch.dict(METHODS)  # taken out again afterwards
 @patch.dict(REGISTERED_TEXTS)
-def test_a_function_of_the_user_is_in_every_list_and_can_be_moved(house):
+def test_a_function_of_the_user_is_looked_at_at_once_trained_by_a_button_and_listed_beside_the_others(house):
+    bench = page.Workbench(house.run)
+    lens, table = bench.lens, bench.runs
+
     @function("halved", phase=lambda p: torch.arange(1.0, p + 1))
     def halved(A, B, ponderation, phase):
         """the cosine of half the product, shifted"""
         waves = (phase[..., None, None] + 0.5 * A[:, None, :, None] * B[:, None, None, :]).cos()
         return (ponderation[..., None, None] * waves).mean(1)
 
-    panel = (bench := page.Workbench(house.run)).functions
-    panel.method.value = "halved"
-    before = panel.view().F
-    assert ("halved" in bench.runs.method.options, panel.exponents_name.value) == (True, "phases")
-    panel.frequencies[0].value += 1
-    assert (rank_in(panel), torch.equal(before, panel.view().F)) == (panel.view().rank, False)
+    bench.look()
+    assert (lens.function, "phase" in lens.sliders, '"halved"' in unescape(table.body)) == ("halved", True, True)
+    before, rank = lens.lens.view(lens.bend).F, rank_in(lens)
+    assert rank == lens.lens.view(lens.bend).rank > 1
+    lens.frequency = [lens.frequency[0] + 1, *lens.frequency[1:]]
+    assert not torch.equal(before, lens.lens.view(lens.bend).F)
+    until(lambda: "Train with halved" in lens.samples)
+    lens.press("train")
+    ended(lens)
+    name = Run.of(SMALL.but(method="halved"), house.home).folder.name
+    assert name in table.table
+    assert name in bench.chosen
+    assert set(runs.differences(bench.chosen, house.home).index) == {"method"}
+    bench.open(name)
+    assert (bench.run.experiment.method, lens.lens.method, lens.function) == ("halved", "halved", "")
+    assert bench.opened()[-1] is bench.run
 
 
-def test_samples_of_every_solver_are_the_same_after_every_task_in_every_run_and_at_the_end_of_their_path(house):
-    panel, bare = house.bench.samples, lambda x: row_of(((x + 1) * 127.5).round().clamp(0, 255).byte())
-    for name in SOLVERS:
-        shown = drawn(panel, 0, classes=(0, 7), count=3, seed=5, solver=name, steps=2)
-        for cls, picture in zip((0, 7), shown, strict=True):
-            with torch.no_grad():
-                velocity, solver = house.run.source(cls).velocity(), Solver(name, 2, SMALL.tolerance)
-                assert np.array_equal(picture, bare(solver.integrate(velocity, panel.drawer.noise(cls))[0]))
-        assert panel.picture.value.count("of 3 recognised") == 2
-    put(panel, solver="euler", classes=())
-    panel.draw_button.click()
-    ended(panel, "No class is chosen")
-    shown = drawn(panel, 1, classes=(0, 6))
-    assert len(shown) == 3 + 2  # class 0 is known after 3 tasks, class 6 after 2
-    assert all(np.array_equal(*pair) for pair in ((shown[0], shown[1]), (shown[0], shown[2]), (shown[3], shown[4])))
-    assert panel.picture.value.count("bit-identical") == 2
-    forgotten = SameNoise(house.once, 2, Solver("euler", 2)).compare_tasks([0]).html
-    assert not np.array_equal(*pixels_of(forgotten)[::2])
-    assert ("bit-identical" in forgotten, "not identical" in forgotten) == (False, True), "the badge does not flatter"
-    both = [house.run.run.folder.name, house.other.run.folder.name]
-    panel.refresh_button.click()
-    panel.runs.value = [name for name in panel.runs.options if name in both]
-    base, base_too, new, new_too = drawn(panel, 2, classes=(0, 8))
-    assert np.array_equal(base, base_too), "task 1's classes come from the same base"
-    assert not np.array_equal(new, new_too)
-    for strip, image in zip(drawn(panel, 3, classes=(7,), steps=4), panel.drawer.images(7), strict=True):
-        assert np.array_equal(strip[:, -8:], image[0].numpy())
-    assert (Image.open(io.BytesIO(panel.film.value)).n_frames, panel.film.layout.display) == (25, "")
-    velocity, x0 = house.run.source(7).velocity(), panel.drawer.noise(7)
-    for solver in (Solver(name, 3) for name in ("euler", "midpoint", "rk4")):
-        images, evaluations = solver.integrate(velocity, x0)
-        for frames in (0, 5, 4):  # however many states are asked for, a fixed grid ends at the same bits
-            states, counted = solver.path(velocity, x0, frames)
-            assert torch.equal(states[[0, -1]], torch.stack([x0, images]))
-            assert counted == evaluations
+def test_every_function_of_the_lens_has_finite_colours_however_large_it_becomes(house):
+    lens = house.bench.lens
+    for method in [name for name, method in METHODS.items() if method.matrix]:
+        put(lens, cls=7, layer=13, function="" if method == "funlora" else method, spread=0.3)
+        view = lens.lens.view(lens.bend)
+        colours = pixels_of(lens.picture)[2].reshape(-1, 3)
+        assert len(np.unique(colours, axis=0)) > 20, f"{method} is blank: F to {view.F.max():.0f}"
+        assert rank_in(lens) == view.rank
+    put(lens, function="", spread=0.0)
+    few = torch.tensor([[1.0] * 99 + [6045.0]]).double()
+    assert layers.reach_of(few + 0.1) < 1
 
 
-def test_scaled_numbers_and_mixed_classes_are_drawn_below_the_learned_ones(house):
-    panel = house.bench.samples
-    for factor in (0.0, 1.0):
-        put(panel, number="ponderation", which=-1, factor=factor)
-        learned, scaled = pixels_of(panel.scaled.value)
-        assert np.array_equal(learned, scaled) == (factor == 1)
-    for name, value in {"which": 1, "number": "frequency", "layer": 15, "of_class": 9}.items():
-        put(panel, **{name: value})
-        assert len(pixels_of(panel.scaled.value)) == 2
-    panel.scale_sweep_button.click()
-    assert len(pixels_of(panel.scaled.value)) == 8
-    wide = open_run(SMALL.but(method="lora-conv-v2", score_after="none"), "cpu", home=house.home)
-    assert len(pixels_of(SameNoise(wide, 2, Solver("euler", 1)).scaled(6, 15, "A", 0, (0.0, 2.0)).html)) == 3
-    put(panel, first=6, second=9)
-    panel.mix_sweep_button.click()
-    strips = pixels_of(panel.mixed.value)
-    assert (len(strips), np.array_equal(*strips[:2])) == (8, True)
-    panel.share.value = 1.0
-    assert np.array_equal(pixels_of(panel.mixed.value)[1], strips[-1])
-    put(panel, first=9, share=0.25)
-    difference = pixels_of(panel.mixed.value)[1].astype(int) - row_of(panel.drawer.images(9))
-    assert np.abs(difference).max() <= 1, "a class mixed with itself is that class"
-
-
-def test_the_heatmap_shows_every_convolution_and_the_table_of_a_chosen_layer_the_ranks(house):
-    panel, table = house.bench.layers, layers.unet_layers(SMALL)
+def test_the_unet_shows_every_convolution_and_the_panel_of_a_layer_the_ranks_of_all_classes(house):
+    bench, table = house.bench, layers.unet_layers(SMALL)
+    lens, panel = bench.lens, bench.layers
     for measure in layers.MEASURES:
-        panel.measure.value = measure
-        values = panel.adapted.values(measure).mean()
+        put(lens, cls=7, measure=measure)
+        values = lens.lens.adapted.values(measure).loc["7"]
         for i, name in enumerate(table["name"]):
             shown = f"{values[i]:.3g}" if i in values else "not adapted"
-            assert re.search(rf"<title>{i}: {re.escape(name)}[^<]* {shown}</title>", panel.picture.value)
+            assert re.search(rf"<title>{i}: {re.escape(name)}[^<]* {shown}</title>", lens.unet)
+    assert lens.unet.count('role="switch"') == len(lens.lens.adapted.names) == lens.unet.count('data-set="layer=')
     table = layers.unet_layers(preset("cifar10"))
     middle = table.loc[table["part"] == "middle", "size"].tolist()
     assert (len(table), set(table["size"]), middle) == (65, {32, 16, 8, 4}, [4] * 4)
-    assert (table["size"][0], table["size"][64], table["outputs"][64]) == (32, 32, 3)
-    new, names = list(house.run.generator.rows), house.run.classes
-    panel.layer.value = 20
-    before = panel.spectra.value
-    panel.buttons[13].click()
-    everything = panel.spectra.value
-    assert (panel.layer.value, everything == before) == (13, False)
-    for cls in new:
-        view = layers.function_view("funlora", panel.adapted.numbers(cls, 13))
-        assert panel.adapted.table(13).loc[names[cls], "rank"] == view.rank
-        assert f"<td>{view.rank}</td>" in panel.table.value
-    put(panel, compared=panel.compared.value[:1], of_class=names[new[0]])
-    assert panel.spectra.value != everything
-    assert f"class {names[new[0]]}" in panel.picture.value
+    lens.layer = 20
+    before = panel.shown
+    lens.layer = 13  # the layer of one is the layer of both
+    assert (panel.layer, panel.shown == before) == (13, False)
+    for cls in house.run.generator.rows:
+        view = panel.adapted.view(cls, 13)
+        assert panel.adapted.table(13).loc[house.run.classes[cls], "rank"] == view.rank
+        assert f"<td>{view.rank}</td>" in panel.shown
+    table = layers.AdaptedLayers(house.other).table(12)
+    assert set(table["bound"]) == {2}, "the bound of learned numbers counts the rank and the ratio"
+    everything = panel.shown
+    panel.compared = panel.compared[:1]
+    assert panel.shown != everything
 
 
-def test_the_table_is_filtered_and_sorted_and_curves_are_laid_over_one_another(house):
+def drawn(panel, view: str, **values) -> list[np.ndarray]:
+    """Set the samples panel and return the pictures that it then shows."""
+    put(panel, view=view, **values)
+    until(lambda: not panel.note and not panel.drawer.moved.is_set())
+    panel.draw()
+    return pixels_of(panel.pictures)
+
+
+def test_samples_of_every_solver_are_the_same_after_every_task_in_every_run_and_at_the_end_of_their_path(house):
+    from funlora_lab.workbench.samples_panel import CLASSES, MIXED, PATH, RUNS, TASKS
+
+    panel, bare = house.bench.samples, lambda x: ((x + 1) * 127.5).round().clamp(0, 255).byte()
+    for name in SOLVERS:
+        shown = drawn(panel, CLASSES, picked=[0, 7], count=3, seed=5, solver=name, steps=2)
+        for cls, pictures in zip((0, 7), (shown[:3], shown[3:]), strict=True):
+            with torch.no_grad():
+                velocity, solver = house.run.source(cls).velocity(), Solver(name, 2, SMALL.tolerance)
+                expected = bare(solver.integrate(velocity, panel.noise.noise(cls))[0])
+            assert all(np.array_equal(one, x[0].numpy()) for one, x in zip(pictures, expected, strict=True))
+        assert panel.pictures.count("of 3 recognised") == 2
+        assert ('name="steps"' in panel.how) == (not Solver(name).adaptive), "no control that does nothing"
+    put(panel, solver="euler", picked=[])
+    until(lambda: "No class is chosen" in panel.pictures)
+    shown = drawn(panel, TASKS, picked=[0, 6])
+    assert len(shown) == 3 + 2  # class 0 is known after 3 tasks, class 6 after 2
+    assert all(np.array_equal(*pair) for pair in ((shown[0], shown[1]), (shown[0], shown[2]), (shown[3], shown[4])))
+    assert panel.pictures.count("bit-identical") == 2
+    forgotten = SameNoise(house.once, 2, Solver("euler", 2)).compare_tasks([0]).html
+    assert not np.array_equal(*pixels_of(forgotten)[::2])
+    assert ("bit-identical" in forgotten, "not identical" in forgotten) == (False, True), "the badge does not flatter"
+    house.bench.chosen = [house.run.run.folder.name, house.other.run.folder.name]
+    base, base_too, new, new_too = drawn(panel, RUNS, picked=[0, 8])
+    assert np.array_equal(base, base_too), "task 1's classes come from the same base"
+    assert not np.array_equal(new, new_too)
+    (film,) = drawn(panel, PATH, picked=[7], steps=4)
+    for i, image in enumerate(panel.noise.images(7)):
+        assert np.array_equal(film[-8:, 9 * i : 9 * i + 8, 0], image[0].numpy())
+    assert film.shape[:2] == (8 * images.FRAMES, 9 * panel.count - 1)
+    strips = drawn(panel, MIXED, picked=[6, 9])
+    assert (len(strips), np.array_equal(*strips[:2]), np.array_equal(strips[1], strips[-1])) == (8, True, False)
+    for solver in (Solver(name, 3) for name in ("euler", "midpoint", "rk4")):
+        velocity, x0 = house.run.source(7).velocity(), panel.noise.noise(7)
+        found, evaluations = solver.integrate(velocity, x0)
+        for frames in (0, 5, 4):  # however many states are asked for, a fixed grid ends at the same bits
+            states, counted = solver.path(velocity, x0, frames)
+            assert torch.equal(states[[0, -1]], torch.stack([x0, found]))
+            assert counted == evaluations
+
+
+def test_a_cell_of_the_confusion_opens_exactly_its_test_images(house):
+    panel, run = house.bench.confusion, house.run
+    counts = torch.zeros(10, 10, dtype=torch.long)
+    counts.index_put_((panel.true, panel.answers), torch.ones_like(panel.true), accumulate=True)
+    assert counts.tolist() == run.results["confusion"]
+    true, answer = panel.cell
+    assert (true != answer, counts[true, answer].item()) == (True, max(counts.fill_diagonal_(0).flatten().tolist()))
+    wrong = run.context.dataset.test.pixels[(panel.true == true) & (panel.answers == answer)]
+    shown = pixels_of(panel.opened)
+    assert np.array_equal(shown[0], wrong[0, 0].numpy())
+    assert f"{len(wrong)} test images of class {true}, taken for {answer}" in panel.opened
+    assert panel.opened.count("Samples of class") == 2
+    panel.cell = [true, true]
+    assert panel.opened.count("Samples of class") == 1
+
+
+def test_the_table_is_filtered_and_sorted_and_compares_what_is_chosen(house):
     panel, name = house.bench.runs, house.run.run.folder.name
-    panel.refresh()
-    assert name in panel.picture.value
+    panel.press("refresh")
+    assert name in panel.table
     for words, state, found in (("no such", "", []), (f"smoke {name[-8:].upper()}", "", [name]), ("", "running", [])):
-        put(panel, filter=words, state=state)
-        assert panel.table()["run"].tolist() == found
-    put(panel, state="", by="LA")
+        put(panel, words=words, state=state)
+        assert panel.frame()["run"].tolist() == found
+    put(panel, state="", by="LA", chosen=[name])
     for descending in (False, True):
-        panel.descending.value = descending
-        scores = panel.table()["LA"].dropna().tolist()
+        panel.descending = descending
+        scores = panel.frame()["LA"].dropna().tolist()
         assert scores == sorted(scores, reverse=descending) != scores[:1]
-    put(panel, by="started", chosen=[name])
-    one = panel.curves.value
-    panel.chosen.value = [name, house.other.run.folder.name]
-    assert panel.curves.value != one
-    for _, kind in panel.curve.options:
-        panel.curve.value = kind
-        assert Image.open(io.BytesIO(panel.curves.value)).size[0] > 300
-    put(panel, chosen=[], curve="accuracy")
-    assert panel.curves.layout.display == "none"
+    one = panel.compared
+    panel.press("choose", house.other.run.folder.name)
+    assert panel.compared != one
+    unlike = runs.differences(panel.chosen, house.home)
+    assert set(unlike.index) == {"method", "rank", "ratio", "score_after", "adapter_images"}
+    assert list(runs.short_names(panel.chosen, house.home).values())[1].startswith("vanilla-mul")
+    assert ">ratio<" in panel.compared
+    for kind in runs_panel.CURVES:
+        panel.curve = kind
+        assert pixels_of(panel.compared)[0].shape[1] > 300
+    panel.press("choose", house.other.run.folder.name)
+    panel.seeds = True
+    means = runs.over_seeds(house.home).set_index("method")
+    assert means.loc["funlora", "LA"] == f"{house.run.results['LA']:.4f}"
+    assert means.loc["funlora", "LA"] in panel.table
+    put(panel, seeds=False, curve="accuracy")
 
 
 def test_runs_scored_once_of_older_settings_and_damaged_ones_are_listed_and_reported(house, tmp_path):
@@ -274,9 +319,11 @@ def test_runs_scored_once_of_older_settings_and_damaged_ones_are_listed_and_repo
         text = report.page(one)
         for words in (text, runs.progress(one.run)[1], repr(page.Workbench(one))):
             assert "not measured" in words
-    samples = page.Workbench(real).samples
-    samples.draw_button.click()
-    ended(samples, "draws no images")
+    bench = page.Workbench(real)
+    assert all("problem" in getattr(bench, name).body for name in ("lens", "layers", "own_class"))
+    assert "draws no images" in bench.samples.pictures
+    assert "taken for" in bench.confusion.opened
+    assert "trained no classifier" in page.Workbench(never).confusion.body
     _, *words = shlex.split(unescape(re.search(r"<code>(funlora run [^<]*)</code>", text)[1]))
     assert experiment_of(_parser().parse_args(words)) == never.experiment, "the printed command is quoted"
     older = shutil.copytree(house.run.run.folder, tmp_path / "runs" / "older")
@@ -293,69 +340,103 @@ def test_runs_scored_once_of_older_settings_and_damaged_ones_are_listed_and_repo
     assert experiment_of(_parser().parse_args(runs.arguments(experiment))) == experiment
 
 
+def test_progress_never_falls_and_ends_at_one(house):
+    seen, shares = runs.Progress(), []
+    for event in house.run.events:
+        shares.append(seen.see(event)[0])
+    assert (shares == sorted(shares), shares[-1], min(shares)) == (True, 1.0, 0.0)
+
+
 def test_a_run_is_started_stopped_and_resumed_from_the_panel(house, monkeypatch):
     monkeypatch.setattr(runs_panel, "EVERY", 0.1)
     panel = house.bench.runs
     put(panel, preset="smoke", method="power", seed=0, settings="adapter_imagse=100")
-    panel.start_button.click()
-    assert ("did you mean adapter_images" in panel.note.value, panel.started) == (True, {}), "refused at once"
-    panel.settings.value = "adapter_images=80000 adapter_batch=8 samples_per_class=40"
-    panel.start_button.click()
+    panel.press("start")
+    assert ("did you mean adapter_images" in panel.note, panel.started) == (True, {}), "refused at once"
+    panel.settings = "adapter_images=80000 adapter_batch=8 samples_per_class=40"
+    panel.press("start")
     ((name, started),) = panel.started.items()
-    until(lambda: "adapter of class" in panel.note.value, lambda: started.going, started.reason)
-    panel.chosen.value = [name]
-    panel.stop_button.click()
+    until(lambda: "adapter of class" in panel.progress, lambda: started.going, started.reason)
+    assert f"Stop {name}" in panel.acts
+    panel.press("stop", name)
     panel.watcher.join(PATIENCE)
-    assert (started.going, "resumes" in panel.note.value) == (False, True)
+    assert (started.going, "resumes" in panel.progress) == (False, True)
     assert runs.table(house.home).set_index("run")["state"][name] == "unfinished"
     assert list((house.home / "artefacts").glob("*/state.safetensors")), "the step it had come to is saved"
-    panel.chosen.value = [name]
-    panel.resume_button.click()
+    assert f"Resume {name}" in panel.acts, "the button names the run that it acts on"
+    panel.press("resume", name)
     again = panel.started[name]
-    until(lambda: "step" in panel.note.value, lambda: again.going, again.reason)
-    panel.chosen.value = []
-    panel.stop_button.click()  # with none chosen: those that go
+    until(lambda: "step" in panel.progress, lambda: again.going, again.reason)
+    panel.press("stop", name)
     panel.watcher.join(PATIENCE)
     assert not again.going
 
 
-def test_a_drawn_class_is_trained_shown_scored_and_exported_and_training_stops_and_goes_on(house):
-    panel, run = house.bench.own_class, house.run
+def cross(shift: int) -> list[bool]:
+    lit = {(i, column) for i in range(8) for column in (i, (7 - i + shift) % 8)}
+    return [(i // 8, i % 8) in lit for i in range(64)]
+
+
+def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_as_a_file(house):
+    bench = page.Workbench(open_run(SMALL, "cpu", home=house.home))
+    panel, run = bench.own_class, bench.run
+    joined = (bench.lens, bench.samples, bench.layers)
     before = run.results["accuracy"]
-    for shift in (0, 1):  # two crosses, by clicks
-        for i in range(8):
-            for column in {i, (7 - i + shift) % 8}:
-                panel.canvas.cells[8 * i + column].click()
-        panel.add_drawing()
-    assert (len(pixels_of(panel.drawn.value)), panel.canvas.pixels.any()) == (1, False), "the canvas is clear again"
-    assert (panel.pictures().shape, panel.pictures()[0, 0].bool().sum()) == ((2, 1, 8, 8), 16)
-    put(panel, name="cross", images=200)
-    panel.train_button.click()
+    for shift in range(4):
+        panel.pixels = cross(shift)
+        panel.press("add")
+    assert (len(pixels_of(panel.drawn)), any(panel.pixels)) == (1, False), "the canvas is clear again"
+    assert (panel.given().shape, panel.given()[0, 0].bool().sum()) == ((4, 1, 8, 8), 16)
+    put(panel, name="cross", images=400)
+    panel.press("train")
     ended(panel)
-    learned, cls = panel.learned, panel.learned.cls
-    assert set(learned.after) == {*run.classes, "cross"}
+    learned = panel.learned
+    assert (set(learned.after), learned.tested) == ({*run.classes, "cross"}, 1)
+    assert "1 test image recognised: too few to speak of accuracy" in panel.outcome
     assert learned.before == pytest.approx(run.class_accuracies)
-    assert np.array_equal(pixels_of(panel.picture.value)[0], row_of(learned.samples[:12]))
-    assert (run.results["accuracy"], cls in run.generator.rows) == (before, False), "the run itself is untouched"
-    panel.export_button.click()
-    assert "Written:" in panel.exported.value
-    (path,) = (run.run.folder / "exported").glob("*-cross.safetensors")
-    other = OpenRun(Run.at(shutil.copytree(run.run.folder, run.run.folder.with_name("a-copy"))), run.runtime)
-    assert (other.import_class(path), other.known[cls]) == (cls, "cross")
-    assert all(torch.equal(value, learned.generator.rows[cls][name]) for name, value in other.row(cls).items())
-    assert any(not torch.equal(value, run.adapters.start(cls)[name]) for name, value in other.row(cls).items())
-    put(panel, name="slow cross", images=16_000)  # training stops at once and goes on later
+    assert panel.seen.count("samples at step") >= 3
+    looks = pixels_of(panel.seen)
+    assert not np.array_equal(looks[0], looks[-2]), "the samples change while the class is learned"
+    assert run.results["accuracy"] == before, "the run's results stay"
+    (cls,) = (cls for cls, name in run.known.items() if name == "cross")
+    assert all(
+        f'value="{cls}">cross<' in one.body or (f"={cls}" in one.body and ">cross<" in one.body) for one in joined
+    )
+    assert all(torch.equal(v, learned.generator.rows[learned.cls][name]) for name, v in run.row(cls).items())
+    bench.samples.picked = [cls]
+    until(lambda: "a class of your own" in bench.samples.pictures)
+    panel.press("train")
+    assert "already knows a class cross" in panel.note
+    sent = []
+    with patch.object(type(panel), "send", lambda self, content, buffers: sent.append((content["save"], *buffers))):
+        panel.press("save", str(cls))
+    panel.press("remove", str(cls))
+    assert "cross" not in run.known.values()
+    assert not any(">cross<" in one.body for one in joined)
+    ((name, content),) = sent
+    assert name.endswith("-cross.safetensors")
+    panel.press("upload", name, content)
+    assert (panel.note, "cross" in run.known.values()) == ("", True)
+    assert all(">cross<" in one.body for one in joined)
+    panel.press("upload", "x.safetensors", b"nothing")
+    assert "x.safetensors" in panel.note
+
+
+def test_a_training_that_is_stopped_goes_on_where_it_stood(house):
+    panel = house.bench.own_class
+    panel.drawings = [torch.tensor(cross(shift)).reshape(1, 8, 8).byte() * 255 for shift in (0, 1)]
+    put(panel, name="slow cross", images=16_000)
 
     def train_past(share: float) -> Path:
         """Train until the bar is past a share, stop, and return the file of what was saved."""
-        panel.train_button.click()
-        until(lambda: panel.job.bar.value > share, panel.job.thread.is_alive, lambda: panel.job.note.value)
-        panel.job.stop_button.click()
+        panel.press("train")
+        until(lambda: panel.progress.share > share, panel.thread.is_alive, lambda: panel.bar)
+        panel.press("stop")
         ended(panel, "Stopped")
         return max((house.home / "artefacts").glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime)
 
     first = read_tensors(state := train_past(0.0))[1]["step"]
-    assert read_tensors(train_past(panel.job.bar.value))[1]["step"] > first > 0
+    assert read_tensors(train_past(panel.progress.share))[1]["step"] > first > 0
     steps = [event["step"] for event in read_lines(state.with_name("log.jsonl"))]
     assert steps == sorted(set(steps)), "it went on from where it had stopped"
 
@@ -364,14 +445,14 @@ def test_a_folder_of_pictures_is_read_and_what_cannot_be_learned_refused(house, 
     for i, size in enumerate(((8, 8), (30, 20), (9, 40))):
         Image.new("RGB", size, (80 * i, 10, 10)).save(tmp_path / f"{i}.png")
     panel = house.bench.own_class
-    panel.folder.value = str(tmp_path)
-    assert panel.pictures().shape == (3, 1, 8, 8)
+    panel.folder = str(tmp_path)
+    assert panel.given().shape == (3, 1, 8, 8)
     (tmp_path / "9.png").write_text("no picture")
     for folder, words in ((tmp_path, "9.png"), (tmp_path / "missing", "There is no folder")):
-        panel.folder.value = str(folder)
-        panel.train_button.click()
-        ended(panel, words)
-    panel.folder.value = ""
+        panel.folder = str(folder)
+        panel.press("train")
+        assert words in panel.note
+    panel.folder = ""
     for name, count in (("3", 4), ("", 4), ("mine", 1)):
         with pytest.raises(LabError):
             continual.learn(house.run, name, torch.zeros(count, 1, 8, 8, dtype=torch.uint8))
@@ -382,20 +463,35 @@ def test_a_folder_of_pictures_is_read_and_what_cannot_be_learned_refused(house, 
 
 def test_the_report_panel_writes_a_page(house):
     panel = house.bench.report
-    panel.write_button.click()
+    panel.press("write")
     ended(panel)
     text = panel.path.read_text()
     assert re.search(rf"{house.run.results['LA']:.4f}.*comparisons, nothing changed", text, re.DOTALL)
     assert len(re.findall(r"<td>unchanged</td>", text)) > 20
-    assert not re.findall(r"(?:src|href)=.http|<script", text)
-    assert str(panel.path) in panel.picture.value
+    assert "Samples after every task" in text
+    assert not re.findall(r"(?:src|href)=.http|<script|\{'", text)
+    assert "Save a copy" in panel.written
     (row,) = pixels_of(markup.picture(images := torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8), "x"))
     assert row.shape == (8, 26)
     assert np.array_equal(row[:, 9:17], images[1, 0]), "rows of images hold the images"
 
 
+def test_every_image_has_words_and_every_control_a_name(house):
+    for name in page.Workbench.PANELS:
+        one = getattr(house.bench, name)
+        html = "".join(str(getattr(one, trait)) for trait in one.traits(sync=True) if trait != "_esm")
+        for tag in re.findall(r"<img[^>]*>", html):
+            assert re.search(r'alt="[^"]+"', tag), tag[:80]
+        for tag in re.findall(r"<(?:button|g role)[^>]*>\s*<", html):
+            assert "aria-label=" in tag, tag[:200]
+        assert "press Run" in repr(one) or "choose Run" in repr(one)
+
+
 def test_only_the_panels_need_jupyter():
-    needs = re.compile(r"^ *(from|import) (ipywidgets|IPython|funlora_lab\.workbench\.(\w*panel|page)\b)", re.MULTILINE)
+    needs = re.compile(
+        r"^ *(from|import) (anywidget|traitlets|IPython|funlora_lab\.workbench\.(\w*panel|page)\b)", re.MULTILINE
+    )
     for path in Path(layers.__file__).parent.glob("*.py"):
         shows = path.stem in ("page", "panel") or path.stem.endswith("_panel")
         assert bool(needs.search(path.read_text())) <= shows, path
+    assert panel.Panel._esm

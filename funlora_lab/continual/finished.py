@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from funlora_lab.adapters import Adapters, Row
+from funlora_lab.adapters import LABEL, Adapters, Row
 from funlora_lab.continual import class_files
 from funlora_lab.continual.classifier import train_classifier
 from funlora_lab.continual.loop import prepare, run
@@ -120,6 +120,14 @@ class OpenRun:
     def row(self, cls: int) -> Row:
         """The numbers learned for one class (methods with a frozen base, classes after task 1)."""
         return self.generator.rows[cls]
+
+    def full_row(self, cls: int) -> Row:
+        """All of a class's numbers, its label embedding included; a class of task 1 has the neutral row."""
+        labels = self.generator.labels
+        if cls in labels:
+            label = self.network.label_emb.weight.detach()[labels.index(cls)]
+            return self.adapters.neutral() | {LABEL: label.cpu().clone()}
+        return {LABEL: self.adapters.mean_embedding().cpu()} | self.row(cls)
 
     def source(self, cls: int) -> Source:
         return self.generator.source(self.class_of(cls))

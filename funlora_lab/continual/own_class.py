@@ -1,7 +1,8 @@
 """A class of one's own over a stored base, learned from a few pictures (N, C, H, W).
 
 What it is, its name and its pictures say. Its adapter is trained as if it were the first class after those of the data,
-so it comes out the same whichever others the run has; beside them it stands under an index that is free.
+so it comes out the same whichever others the run has, from the numbers of the class of the data whose flow loss on its
+images is lowest; beside them it stands under an index that is free.
 """
 
 from collections.abc import Callable
@@ -13,16 +14,21 @@ from unicodedata import normalize
 import torch
 from torch import Tensor
 
+from funlora_lab.adapters import LABEL
 from funlora_lab.continual import class_files
 from funlora_lab.continual.classifier import synthetic, train_classifier
 from funlora_lab.continual.finished import OpenRun
-from funlora_lab.data import Dataset, Images, pictures_of, read_pictures
+from funlora_lab.data import Dataset, Images, pictures_of, read_pictures, to_bytes, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import place
+from funlora_lab.flow import Solver, flow_loss, noise
+from funlora_lab.seeds import stream
 from funlora_lab.store import fingerprint, make_folder, safe_name, write_atomically
 from funlora_lab.systems import Generator, draw
-from funlora_lab.training import Runtime
+from funlora_lab.training import Runtime, Trainer
 
+SNAPSHOTS = 6  # looks at the samples while the class is trained
+Watch = Callable[[int, float, Tensor], None]  # step, loss, samples uint8 (N, C, H, W) from the same noise
 LEAST = 2  # images of a class: one to learn from and one to be scored on
 
 
@@ -60,6 +66,17 @@ def with_class(dataset: Dataset, name: str, images: Tensor, move: bool) -> Datas
     return replace(dataset, classes=(*dataset.classes, name), train=train, test=test)
 
 
+@torch.no_grad()
+def nearest(run: OpenRun, images: Tensor) -> int:
+    """The class of the run whose flow loss on uint8 images (N, C, H, W), at most 64 of them, is lowest."""
+    x1 = to_floats(images[:64]).repeat(max(1, 32 // len(images)), 1, 1, 1)
+    generator, device = stream(0, "nearest class"), run.runtime.device
+    x0, t = torch.randn(x1.shape, generator=generator), torch.rand(len(x1), generator=generator)
+    given = [one.to(device) for one in (x1, x0, t)]
+    known = [cls for cls in run.known if cls < len(run.classes)]
+    return min(known, key=lambda cls: flow_loss(run.source(cls).velocity(), *given).mean().item())
+
+
 @dataclass(frozen=True)
 class OwnClass:
     """What came of it: the generator that also knows class ``cls``, its samples and accuracies by class name."""
@@ -68,7 +85,10 @@ class OwnClass:
     name: str
     cls: int
     generator: Generator
+    start: str  # the class from whose numbers it started
     samples: Tensor  # uint8 (N, C, H, W)
+    right: int  # of its test images
+    tested: int
     before: dict[str, float]  # accuracy on real test images among the run's classes
     after: dict[str, float]  # among all that the run knows now and the new one
 
@@ -81,15 +101,26 @@ class OwnClass:
         return path
 
 
-def learn(run: OpenRun, name: str, images: Tensor, move=False, runtime: Runtime | None = None, **settings) -> OwnClass:
+def learn(
+    run: OpenRun,
+    name: str,
+    images: Tensor,
+    move=False,
+    runtime: Runtime | None = None,
+    watch: Watch | None = None,
+    **settings,
+) -> OwnClass:
     """Train an adapter for a class of uint8 images (N, C, H, W) and score all classes; the run itself does not change.
 
-    ``move`` adds copies shifted by a pixel; ``settings`` change the experiment. A stopped training resumes.
+    ``move`` adds copies shifted by a pixel, ``settings`` change the experiment, ``watch`` sees samples meanwhile.
+    A stopped training resumes.
     """
     if not run.generator.frozen:
         raise LabError(f"The method {run.experiment.method} has no frozen base to add a class to: choose another run.")
     e, dataset = run.experiment.but(**settings), with_class(run.context.dataset, name, images, move)
-    first, cls, known, generator = len(run.classes), run.free_index(name), run.generator, copy(run.generator)
+    near = nearest(run, images)
+    first, cls, known = len(run.classes), run.free_index(name), run.generator
+    generator = _starting_from(run, near, watch)
     what = {"dataset": dataset, "tasks": [*run.tasks, [first]], "runtime": runtime or run.runtime, "seconds": {}}
     context = generator.context = replace(run.context, experiment=e, **what)
     generator.rows, generator.keys = {}, {}
@@ -105,4 +136,49 @@ def learn(run: OpenRun, name: str, images: Tensor, move=False, runtime: Runtime 
     _, predicted, true = train_classifier(context, list(sources), *synthetic(context, sources, samples))
     scored = {c: dataset.classes[min(c, first)] for c in [*run.order, cls]}  # of the others there are no real images
     after = {known: (predicted == true)[true == c].float().mean().item() for c, known in scored.items()}
-    return OwnClass(run, name, cls, generator, samples[cls], run.class_accuracies, after)
+    right, tested = int((predicted == true)[true == cls].sum()), int((true == cls).sum())
+    what = generator, run.known[near], samples[cls], right, tested
+    return OwnClass(run, name, cls, *what, run.class_accuracies, after)
+
+
+def _starting_from(run: OpenRun, first: int, watch: Watch | None) -> Generator:
+    """A copy of the run's generator whose next class starts from the numbers of class ``first``."""
+    generator, row = copy(run.generator), run.full_row(first)
+    generator.adapters = copy(run.adapters)
+    start = {k: v for k, v in row.items() if k != LABEL or run.adapters.learns_label}
+    generator.adapters.start = lambda cls: {name: value.clone() for name, value in start.items()}
+    key = fingerprint(start)[:16]
+
+    def artefact(cls: int):
+        return type(generator).artefact_of(generator, cls, start=key)
+
+    def trainer(group, classes, *more) -> Trainer:
+        made = type(generator).adapter_trainer(generator, group, classes, *more)
+        return _watched(made, generator, watch) if watch else made
+
+    generator.artefact_of, generator.adapter_trainer = artefact, trainer
+    return generator
+
+
+def _watched(trainer: Trainer, generator: Generator, watch: Watch) -> Trainer:
+    """The trainer, that shows samples from the same noise at first, at its end and at equal times between."""
+    e, report, device = generator.context.experiment, trainer.runtime.report, generator.context.runtime.device
+    x0 = noise(e.seed, 0, 0, (8, e.channels, e.image_size, e.image_size)).to(device)
+    due = iter(range(0, trainer.plan.steps, max(1, trainer.plan.steps // SNAPSHOTS)))
+    at = [next(due)]
+
+    def seen(event) -> None:
+        report(event)
+        if (
+            event["event"] == "loss"
+            and not event.get("replayed")
+            and (event["step"] >= at[0] or event["step"] == event["steps"])
+        ):
+            at[0] = next((step for step in due if step > event["step"]), event["steps"])
+            with torch.no_grad():
+                rows = {name: v.detach() for name, v in (trainer.average or trainer.parameters).items()}
+                images = Solver("midpoint", 3).integrate(generator.adapters.velocity(rows, 1), x0)[0]
+            watch(event["step"], event["loss"], to_bytes(images).cpu())
+
+    trainer.runtime = replace(trainer.runtime, report=seen)
+    return trainer

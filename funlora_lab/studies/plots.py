@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 INK, GREY, GRID = "#222222", "#666666", "#d9d9d9"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b47a00", "#2a8fcf", "#666666", "#000000")
 MARKERS = "osD^v<>P"
 DPI, LARGEST = 110, 40.0  # inches a side: at most 20 million pixels, whatever is drawn
 LETTERS = 32  # of a line of a name; longer ones are shortened in their middle

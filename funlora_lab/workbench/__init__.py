@@ -1,1 +1,1 @@
-"""Live widgets over a run: ``page``, ``panel`` and ``*_panel`` import ipywidgets, the other files what they show."""
+"""Live panels over a run: ``page``, ``panel`` and ``*_panel`` import anywidget, the other files make what they show."""

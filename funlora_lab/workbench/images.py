@@ -3,24 +3,25 @@
 Letters: N images of C channels and H x W pixels, K rows. Images are uint8 (N, C, H, W).
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
-from funlora_lab.adapters import LABEL, Row, stack
-from funlora_lab.continual import OpenRun, predict
+from funlora_lab.adapters import Row, stack
+from funlora_lab.continual import OpenRun, predict, synthetic, train_classifier
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, noise
 from funlora_lab.systems import Generator
 from funlora_lab.workbench import markup
-from funlora_lab.workbench.layers import AdaptedLayers
+from funlora_lab.workbench.layers import ALONE
 from funlora_lab.workbench.markup import Markup
+
+FRAMES = 17  # states of a film
 
 
 def identical(images: Sequence[Tensor]) -> bool:
@@ -52,7 +53,7 @@ class SameNoise:
         if not self.run.generator.draws:
             raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
         source = generator.source(cls) if generator else self.run.source(cls)
-        with torch.no_grad():
+        with ALONE, torch.no_grad():
             return to_bytes(self.solver.path(source.velocity(), self.noise(cls), frames)[0]).cpu()
 
     def images(self, cls: int) -> Tensor:
@@ -86,8 +87,15 @@ class SameNoise:
         title, drawn = f"class {self.run.known.get(cls) or self.run.classes[cls]}", list(columns.values())
         same, changed = identical(drawn), max(drift(drawn[0], other) for other in drawn)
         words = "bit-identical" if same else f"not identical: up to {changed:.1f} of 255 apart on average"
-        rows = [[name, markup.picture(images, f"{title}, {name}")] for name, images in columns.items()]
-        return f"<b>{title}</b> {markup.badge(same, words) if drawn[1:] else ''}{markup.sheet(rows)}"
+        rows = [[escape(name), markup.picture(images, f"{title}, {name}")] for name, images in columns.items()]
+        return f"<b>{escape(title)}</b> {markup.badge(same, words) if drawn[1:] else ''}{markup.sheet(rows)}"
+
+    def grid(self, images: Tensor, cls: int) -> str:
+        """Samples of a class, those outlined that the classifier trained on real images takes for another one."""
+        name, taken = self.run.known[cls], self.judged(images)
+        wrong = [name in self.run.classes and other != name for other in taken]
+        words = [f"sample {i} of class {name}, taken for {other}" for i, other in enumerate(taken, 1)]
+        return markup.grid(images, words, wrong)
 
     def sheet(self, classes: Sequence[int]) -> Markup:
         """One row of images a class, beside what the classifier trained on real images takes them for."""
@@ -95,43 +103,30 @@ class SameNoise:
         for cls in classes:
             drawn, name = self.images(cls), self.run.known[cls]
             recognised = f"{self.judged(drawn).count(name)} of {self.count} recognised"
-            rows.append([f"<b>{name}</b>", markup.picture(drawn, f"samples of class {name}"), recognised])
+            judged = recognised if name in self.run.classes else "a class of your own"
+            rows.append([f"<b>{escape(name)}</b>", self.grid(drawn, cls), judged])
         return Markup(markup.sheet(rows))
 
-    def row(self, cls: int) -> Row:
-        """All of a class's numbers, its label embedding included; a class of task 1 has the neutral row."""
-        run, labels = self.run, self.run.generator.labels
-        if cls in labels:
-            label = run.network.label_emb.weight.detach()[labels.index(cls)]
-            return run.adapters.neutral() | {LABEL: label.cpu().clone()}
-        return {LABEL: run.adapters.mean_embedding().cpu()} | run.row(cls)
-
-    def scaled(self, cls: int, layer: int, number: str, which: int | None, factors: Sequence[float]) -> Markup:
-        """A class as a layer's ponderations, say, are multiplied by each factor: one of them, or all (None)."""
-        row, name = self.row(cls), AdaptedLayers(self.run).name_of(layer)
-        if (key := f"{name}/{number}") not in row:
-            names = sorted({key.rpartition("/")[2] for key in row if key.startswith(f"{name}/")})
-            raise LabError(f"{number}: accepted for this run's method is {', '.join(names)}.")
-        if which is not None and which >= len(row[key]):
-            raise LabError(f"Number {which + 1} of {number}: accepted is 1 to {len(row[key])}.")
-        rows, scale = {}, torch.ones_like(row[key])
-        for factor in factors:
-            scale[slice(None) if which is None else which] = factor
-            rows[f"× {factor:g}"] = row | {key: scale * row[key]}
-        return self._rows(cls, rows)
+    def film(self, cls: int) -> Markup:
+        """A class's images on their way from noise, one frame a moment of the panel's time."""
+        states, name = self.path(cls, FRAMES), self.run.known[cls]
+        wrong = [name in self.run.classes and taken != name for taken in self.judged(states[-1])]
+        words = f"{self.count} images of class {name} from noise to image"
+        return Markup(f"<b>{escape(name)}</b>{markup.film(states, words, wrong, 48)}")
 
     def mixed(self, first: int, second: int, shares: Sequence[float]) -> Markup:
         """(1 - share) of one class's numbers plus ``share`` of another's, for every share."""
-        one, other, names = self.row(first), self.row(second), (self.run.known[first], self.run.known[second])
+        names = self.run.known[first], self.run.known[second]
+        one, other = self.run.full_row(first), self.run.full_row(second)
         mixed = [{name: torch.lerp(value, other[name], share) for name, value in one.items()} for share in shares]
         titles = [f"{1 - share:.0%} {names[0]} + {share:.0%} {names[1]}" for share in shares]
         return self._rows(first, dict(zip(titles, mixed, strict=True)))
 
     def _rows(self, cls: int, rows: dict[str, Row]) -> Markup:
         """Images of every row of numbers, drawn in one batch, with their drift from those of class ``cls`` as it is."""
-        rows, x0, lines = {"as learned": self.row(cls)} | rows, self.noise(cls), []
+        rows, x0, lines = {"as learned": self.run.full_row(cls)} | rows, self.noise(cls), []
         K, stacked = len(rows), {name: value.to(x0.device) for name, value in stack(list(rows.values())).items()}
-        with torch.no_grad():
+        with ALONE, torch.no_grad():
             velocity = self.run.adapters.velocity(stacked, K)
             drawn = to_bytes(self.solver.integrate(velocity, x0.repeat_interleave(K, 0))[0]).cpu()
         for k, name in enumerate(rows):
@@ -141,20 +136,13 @@ class SameNoise:
         return Markup(markup.sheet(lines, ("", "same noise", "drift, of 255", "taken for")))
 
 
-def path_sheet(states: Tensor) -> Markup:
-    """States (frames, N, C, H, W) from noise to image: one row an image, time from left to right."""
-    frames, width = len(states), (states.shape[-1] + 1) * markup.scale_of(states[0])
-    cell = f'<span style="display:inline-block;width:{width:.1f}px">'
-    times = "".join(f"{cell}{k / (frames - 1):.2g}</span>" for k in range(frames))
-    rows = [[markup.picture(way, f"image {n} from noise to image")] for n, way in enumerate(states.transpose(0, 1), 1)]
-    return Markup(markup.sheet([["time from 0 (noise) to 1 (image)"], [f'<span class="soft">{times}</span>'], *rows]))
-
-
-def animation(states: Tensor) -> bytes:
-    """A GIF of states (frames, N, C, H, W), the images side by side, resting on the last one."""
-    scale, file = round(markup.scale_of(states[0])), io.BytesIO()
-    sheets = [Image.fromarray(markup.row_of_images(state).squeeze()) for state in states]
-    first, *others = [sheet.resize((sheet.width * scale, sheet.height * scale), 0) for sheet in sheets]
-    milliseconds = [90] * len(others) + [1500]
-    first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
-    return file.getvalue()
+def tested(run: OpenRun) -> tuple[Tensor, Tensor]:
+    """(answers, true classes) of the run's last classifier on the real test images, in their order; or LabError."""
+    if run.results["LA"] is None:
+        raise LabError(f"The run {run.run.folder.name} trained no classifier after its last task.")
+    context, order = run.context, run.context.classes
+    if not run.generator.draws:
+        return train_classifier(context, order, context.dataset.train.of(order), {"real": order})[1:]
+    generator, samples = run.generator_after(len(run.tasks)), run.samples_after(len(run.tasks))
+    sources = {cls: generator.source(cls) for cls in order}
+    return train_classifier(context, order, *synthetic(context, sources, samples))[1:]

@@ -3,19 +3,20 @@
 Letters: O = Cout, I = Cin, p functions, r ratio. A layer is given by its index among all convolutions, as in Fig. 3.
 """
 
+import threading
 from collections import namedtuple
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funlora_lab.adapters import METHODS, Row, Settings, numbers_by_layer
 from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
-from funlora_lab.presets import preset
 from funlora_lab.seeds import stream
 from funlora_lab.studies import plots, rank
 from funlora_lab.systems import meta_unet
@@ -24,19 +25,11 @@ from funlora_lab.unet.layers import DoublingConv2d
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.markup import BLUE, GREY, ORANGE, Markup, element, svg_box, svg_image, svg_text
 
+# held while a run's network draws, is read or copied: ``functional_call`` swaps its weights before every thread's eyes
+ALONE = threading.RLock()
+
 # A (O,), B (I,), F (O, I), its singular values, how many of them count (numerical_rank), and the bound of its formula
 FunctionView = namedtuple("FunctionView", "method A B F singular rank bound")
-
-
-def settings_of(method: str, p: int = 10, ratio: int = 1, start: str = "identity") -> Settings:
-    """What a method with an F is handed; beside these as in the preset digits."""
-    return METHODS[method].settings_of(preset("digits").but(method=method, functions=p, ratio=ratio, start=start))
-
-
-def first_numbers(method: str, outputs: int, inputs: int, p: int = 10, ratio: int = 1, start: str = "identity") -> Row:
-    """One layer's numbers as training starts them: A (O/r,), B (I/r,), those of the functions (p,)."""
-    settings = settings_of(method, p, ratio, start)
-    return METHODS[method].start(nn.Conv2d(inputs, outputs, 1, device="meta"), settings, None)
 
 
 def spread(numbers: Row, amount: float, seed: int = 0) -> Row:
@@ -50,59 +43,67 @@ def function_numbers(numbers: Row) -> Row:
     return {name: value for name, value in numbers.items() if name[0] not in "AB" and not name.startswith("G.")}
 
 
-def function_view(method: str, numbers: Row, settings: Settings | None = None) -> FunctionView:
+def function_view(method: str, numbers: Row, settings: Settings) -> FunctionView:
     """F of Eq. 8 for one layer's numbers, with its spectrum, in float64; LabError for a method without an F."""
     if METHODS[method].matrix is None:
         raise LabError(f"The method {method} has no F: choose another measure.")
-    settings = settings or settings_of(method, len(numbers.get("ponderation", [1])))
     F = METHODS[method].matrix({name: value[None].double() for name, value in numbers.items()}, settings)[0]
     A, B = (numbers[side].repeat_interleave(settings.ratio) for side in "AB")
     bound, count = METHODS[method].bound(settings, *F.shape), int(rank.numerical_rank(F))
     return FunctionView(method, A, B, F, rank.singular_values(F), count, bound)
 
 
-def around_one(values: Tensor) -> np.ndarray:
-    """Colours of numbers (H, W) on a scale that is white at 1 and as wide as the furthest of them."""
-    reach = max(float((values - 1).abs().max()), 1e-6)
+def reach_of(values: Tensor) -> float:
+    """How far a colour scale about 1 has to reach: past 98 of 100 values, so that a few huge ones blank nothing."""
+    return max(float((values - 1).abs().flatten().quantile(0.98)), 1e-6)
+
+
+def around_one(values: Tensor, reach: float | None = None) -> np.ndarray:
+    """Colours of numbers (H, W) on a scale that is white at 1; what lies beyond its ends has the colour of the end."""
+    reach = reach or reach_of(values)
     return markup.coloured(values.numpy(), 1 - reach, 1 + reach)
 
 
-def function_picture(view: FunctionView) -> Markup:
-    """A beside B above F = f(A, B), each white where it is 1, and F's singular values on a logarithmic scale."""
-    (O, I), side, left, top, bar, chart = view.F.shape, 230, 34, 44, 14, 330
-    height, width, x = side * O / max(O, I), side * I / max(O, I), left + bar + 6
-    right, floor, step, bars = x + side + 74, 9.0, chart / len(view.singular), []  # down to 1e-9 of the largest value
+def function_picture(view: FunctionView, side: int = 200) -> Markup:
+    """A beside B above F = f(A, B), each white where it is 1, a colour bar, and F's singular values, logarithmic."""
+    (O, I), left, top, bar = view.F.shape, 20, 36, 10
+    height, width, x, reach = side * O / max(O, I), side * I / max(O, I), 20 + bar + 4, reach_of(view.F)
+    right, chart, floor, bars = x + width + 78, 1.25 * side, 9.0, []  # down to 1e-9 of the largest value
+    step = chart / len(view.singular)
     for i, value in enumerate(view.singular.tolist()):
         share = 1 + np.log10(max(value / max(float(view.singular[0]), 1e-300), 10**-floor)) / floor
         colour, words = BLUE if i < view.rank else GREY, f"singular value {i + 1}: {value:.3g}"
-        y, tall = top + side * (1 - share), max(side * share, 1)
-        bars.append(svg_box(right + i * step, y, max(step - 1, 1), tall, colour, words))
+        tall = max(side * share, 1)
+        bars.append(svg_box(right + i * step, top + side - tall, max(step - 1, 1), tall, colour, words))
     line = top - side * np.log10(rank.TOLERANCE) / floor
-    span = f"F, {O} × {I}: {view.F.min():.2f} to {view.F.max():.2f}, mean {view.F.mean():.2f}"
+    ramp = around_one(torch.linspace(1 + reach, 1 - reach, 64)[:, None], reach)
+    ends = [(top + 10 + (side - 10) * k / 2, f"{1 + (1 - k) * reach:.3g}") for k in range(3)]
     parts = [
-        svg_text(left - 10, top + height / 2 + 4, "A", "end", 14, "bold"),
+        svg_text(left - 4, top + height / 2 + 4, "A", "end", 13, "bold"),
         svg_image(left, top, bar, height, around_one(view.A[:, None])),
-        svg_text(x + width / 2, top - bar - 12, "B", "middle", 14, "bold"),
-        svg_image(x, top - bar - 6, width, bar, around_one(view.B[None])),
-        svg_image(x, top, width, height, around_one(view.F)),
-        svg_text(x + width / 2, top + height + 18, span, "middle"),
+        svg_text(x + width / 2, top - bar - 8, "B", "middle", 13, "bold"),
+        svg_image(x, top - bar - 4, width, bar, around_one(view.B[None])),
+        svg_image(x, top, width, height, around_one(view.F, reach)),
+        svg_text(left, top + side + 16, f"F {O} × {I}: {view.F.min():.3g} to {view.F.max():.3g}", size=11),
+        svg_image(x + width + 6, top, bar, side, ramp),
+        *(svg_text(x + width + bar + 9, y, words, size=10) for y, words in ends),
         *bars,
-        element("line", x1=right, x2=right + chart, y1=line, y2=line, stroke=ORANGE, stroke_dasharray="5 4"),
-        svg_text(right + chart, line - 5, f"counted above this line: {rank.TOLERANCE:.0e} of the largest", "end", 11),
-        svg_text(right - 6, top + 10, "1", "end", 11),
-        svg_text(right - 6, top + side, "1e-9", "end", 11),
-        svg_text(right, top + side + 18, f"the {len(view.singular)} singular values of F, relative to the largest"),
-        svg_text(right, 22, f"rank {view.rank}", size=20, weight="bold"),
-        svg_text(right + 90, 22, f"of at most {view.bound} by its formula ({view.method})"),
+        element("line", x1=right, x2=right + chart, y1=line, y2=line, stroke="currentColor", stroke_dasharray="5 4"),
+        svg_text(right + chart, line - 4, f"counted above {rank.TOLERANCE:.0e}", "end", 10),
+        svg_text(right, top + side + 16, "singular values / largest", size=11),
+        svg_text(right - 16, 18, f"rank {view.rank}", size=18, weight="bold"),
+        svg_text(right + 66, 18, f"of at most {view.bound}", size=11),
     ]
-    return markup.svg(right + chart + 10, top + side + 28, parts, f"{view.method}: rank {view.rank}")
+    words = f"{view.method}: rank {view.rank} of at most {view.bound}, F from {view.F.min():.3g} to {view.F.max():.3g}"
+    return markup.svg(right + chart + 4, top + side + 22, parts, words)
 
 
 class AdaptedLayers:
     """The convolutions that a run adapts, ``names`` by index, and what classes learned there; LabError without any."""
 
     def __init__(self, run: OpenRun):
-        self.run, self.method, self.names = run, run.adapters.method if run.generator.frozen else None, {}
+        self.run, self.names, self._values = run, {}, {}
+        self.method = run.adapters.method if run.generator.frozen else None
         if run.generator.frozen and run.generator.rows:
             self.names = {i: name for i, name in enumerate(conv_layers(run.network)) if name in run.adapters.layers}
         if not self.names:
@@ -114,8 +115,8 @@ class AdaptedLayers:
         return self.names[layer]
 
     def numbers(self, cls: int, layer: int) -> Row:
-        """What class ``cls`` learned for a layer, in float64 on the CPU."""
-        numbers = numbers_by_layer(self.run.row(cls))[self.name_of(layer)]
+        """What class ``cls`` learned for a layer, in float64 on the CPU; a class of task 1 has the neutral numbers."""
+        numbers = numbers_by_layer(self.run.full_row(cls))[self.name_of(layer)]
         return {name: value.double() for name, value in numbers.items()}
 
     def view(self, cls: int, layer: int) -> FunctionView:
@@ -133,18 +134,34 @@ class AdaptedLayers:
         if self.method.weight is None:
             raise LabError(f"The method {self.method.name} changes no weights but inputs: choose another measure.")
         name = self.name_of(layer)
-        W0, settings = self.run.adapters.layers[name].weight, self.run.adapters.settings[name]
-        W = self.method.weight(W0, {key: v.to(W0)[None] for key, v in self.numbers(cls, layer).items()}, settings)[0]
-        return ((W - W0).abs().mean() / W0.abs().mean()).item()
+        settings = self.run.adapters.settings[name]
+        with ALONE:
+            W0 = self.run.adapters.layers[name].weight
+            numbers = {key: value.to(W0)[None] for key, value in self.numbers(cls, layer).items()}
+            W = self.method.weight(W0, numbers, settings)[0]
+            return ((W - W0).abs().mean() / W0.abs().mean()).item()
 
     @torch.no_grad()
     def values(self, measure: str) -> pd.DataFrame:
         """One line a class that learned a row, one column an adapted layer (its index), of one of ``MEASURES``."""
         if measure not in MEASURES:
             raise LabError(f"measure={measure}: accepted is {', '.join(MEASURES)}.")
-        known, value = self.run.known, MEASURES[measure]
-        values = {known[cls]: [value(self, cls, layer) for layer in self.names] for cls in self.run.generator.rows}
-        return pd.DataFrame.from_dict(values, orient="index", columns=list(self.names)).rename_axis("class")
+        if measure not in self._values:
+            known, value = self.run.known, MEASURES[measure]
+            values = {known[cls]: [value(self, cls, layer) for layer in self.names] for cls in self.run.generator.rows}
+            frame = pd.DataFrame.from_dict(values, orient="index", columns=list(self.names)).rename_axis("class")
+            self._values[measure] = frame
+        return self._values[measure]
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of ``MEASURES`` that mean something for the run's method."""
+        cls, layer, found = next(iter(self.run.generator.rows)), next(iter(self.names)), []
+        for name, value in MEASURES.items():
+            with suppress(LabError):
+                value(self, cls, layer)
+                found.append(name)
+        return found
 
     def table(self, layer: int) -> pd.DataFrame:
         """One line a class: rank of F, share of the largest singular value, means of what it learned for a layer."""
@@ -166,11 +183,8 @@ class AdaptedLayers:
         figure, axes = plots.drawing(9.6, 2.9, 1, 3)
         ponderation, frequency, spectrum = axes[0]
         for i, cls in enumerate(classes if self.method.matrix else ()):
-            style = {
-                "color": plots.COLOURS[i % len(plots.COLOURS)],
-                "label": plots.short(self.run.known[cls]),
-                "markersize": 3,
-            }
+            style = {"color": plots.COLOURS[i % len(plots.COLOURS)], "label": plots.short(self.run.known[cls])}
+            style["markersize"] = 3
             singular = self.view(cls, layer).singular
             spectrum.semilogy(range(1, len(singular) + 1), singular.clamp_min(1e-12), "-", **style)
             for name, values in function_numbers(self.numbers(cls, layer)).items():
@@ -183,12 +197,14 @@ class AdaptedLayers:
             spectrum.legend(frameon=False, fontsize=7, ncols=2, title="class", title_fontsize=7)
         return figure
 
-    def heatmap(self, measure: str, cls: str = "", chosen: int | None = None) -> Markup:
+    def heatmap(
+        self, measure: str, cls: str = "", chosen: int | None = None, off: Sequence[int] | None = None
+    ) -> Markup:
         """``unet_picture`` of the run: the mean over classes of a measure, or one class (by name)."""
         frame = self.values(measure)
-        values = (frame.loc[cls] if cls else frame.mean()).to_dict()
-        title = f"{measure}, {f'class {cls}' if cls else 'mean over the classes after task 1'}"
-        return unet_picture(unet_layers(self.run.experiment), values, title, chosen)
+        values = (frame.loc[cls] if cls in frame.index else frame.mean()).to_dict()
+        title = f"{measure}, {f'class {cls}' if cls in frame.index else 'mean over the classes after task 1'}"
+        return unet_picture(unet_layers(self.run.experiment), values, title, chosen, off)
 
 
 # name -> function of adapted layers, class and layer
@@ -205,30 +221,48 @@ def unet_layers(experiment: Experiment) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["name", "part", "inputs", "outputs", "kernel", "size"])
 
 
-def unet_picture(layers: pd.DataFrame, values: dict[int, float], title: str, chosen: int | None = None) -> Markup:
-    """Convolutions from left to right as they run, lower the coarser they work, coloured by a value or not adapted."""
-    sizes = sorted(set(layers["size"]), reverse=True)
-    wide, drop, top, left = max(16.0, min(30.0, 900 / len(layers))), 62, 46, 40
-    low, high = min(values.values()), max(values.values())
-    parts = [svg_text(left, 18, title, size=13, weight="bold")]
+def unet_picture(
+    layers: pd.DataFrame, values: dict[int, float], title: str, chosen: int | None = None, off: Sequence | None = None
+) -> Markup:
+    """Convolutions from left to right as they run, lower the coarser they work, coloured by a value or not adapted.
+
+    With ``off``, the layers whose adapters are turned off, it is a control: an adapted layer is chosen by a click and
+    the square below it turns its adapter off and on.
+    """
+    sizes, live = sorted(set(layers["size"]), reverse=True), off is not None
+    wide, drop, top, left = max(14.0, min(30.0, 900 / len(layers))), 30 if live else 62, 40, 36
+    tall, low, high = 26 if live else 32, min(values.values()), max(values.values())
+    right, bottom = left + len(layers) * wide, top + (len(sizes) - 1) * drop + tall
+    ramp = markup.coloured(np.linspace(low, high, 64)[None], low, high, "viridis")
+    parts = [svg_text(left, 16, title, size=13, weight="bold"), svg_image(right - 290, 8, 100, 9, ramp)]
+    parts.append(svg_text(right - 182, 16, f"{low:.3g} to {high:.3g}; grey: not adapted", size=11))
     for part in ("encoder", "middle", "decoder"):
         inside = layers.index[layers["part"] == part]
-        parts.append(svg_text(left + (inside[0] + inside[-1] + 1) / 2 * wide, 36, part, "middle", 11))
+        parts.append(svg_text(left + (inside[0] + inside[-1] + 1) / 2 * wide, 33, part, "middle", 11))
     for level, size in enumerate(sizes):
-        xs, y = left + (layers.index[layers["size"] == size] + 0.5) * wide, top + level * drop + 16
+        xs, y = left + (layers.index[layers["size"] == size] + 0.5) * wide, top + level * drop + tall / 2
         parts.append(svg_text(left - 8, y + 4, f"{size}²", "end", 11))
         parts.append(element("line", x1=xs[0], x2=xs[-1], y1=y, y2=y, stroke=GREY, stroke_dasharray="2 4"))
     for i, name, _, inputs, outputs, kernel, size in layers.itertuples():
-        x, y, small = left + i * wide, top + sizes.index(size) * drop, 6 if kernel == 1 else 0
+        x, y, small = left + i * wide, top + sizes.index(size) * drop, 5 if kernel == 1 else 0
         colour, shown, edge = "#9a9a9a", "not adapted", ORANGE if i == chosen else "none"
         if i in values:
             colour = "#" + markup.coloured(np.array([[values[i]]]), low, high, "viridis").tobytes().hex()
             shown = f"{values[i]:.3g}"
         words = f"{i}: {name}, {inputs} → {outputs} channels, {kernel} × {kernel}, {shown}"
-        parts.append(svg_box(x + 1, y + small, wide - 3, 32 - 2 * small, colour, words, edge))
+        box = svg_box(x + 1, y + small, wide - 3, tall - 2 * small, colour, words, edge)
+        if live and i in values:
+            how = {"role": "button", "tabindex": "0", "data_set": f"layer={i}", "aria_label": f"layer {words}"}
+            box = element("g", box, **how, aria_pressed=str(i == chosen).lower())
+            lit = i not in off
+            how = {"role": "switch", "tabindex": "0", "data_press": "switch", "data_value": str(i)}
+            switch = svg_box(x + 2, bottom + 17, wide - 5, 9, BLUE if lit else "none", f"adapter {i}", GREY)
+            parts.append(element("g", switch, **how, aria_checked=str(lit).lower(), aria_label=f"adapter of layer {i}"))
+        parts.append(box)
         if wide >= 20 or i % 5 == 0 or i == chosen:
-            parts.append(svg_text(x + wide / 2 - 0.5, y + 46, str(i), "middle", 10))
-    bottom, ramp = top + len(sizes) * drop + 8, markup.coloured(np.linspace(low, high, 64)[None], low, high, "viridis")
-    parts.append(svg_image(left, bottom, 160, 10, ramp))
-    parts.append(svg_text(left + 168, bottom + 10, f"{low:.3g} to {high:.3g}; grey: not adapted", size=11))
-    return markup.svg(left + len(layers) * wide + 10, bottom + 18, parts, title)
+            below = bottom + 13 if live else y + 46
+            parts.append(svg_text(x + wide / 2 - 0.5, below, str(i), "middle", 10))
+    bottom += 28 if live else 18
+    if live:
+        parts.append(svg_text(left - 8, bottom - 2, "on", "end", 11))
+    return markup.svg(right + 10, bottom + 2, parts, title, "group" if live else "img")

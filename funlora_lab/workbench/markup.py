@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -16,23 +17,10 @@ from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from funlora_lab.studies.plots import tile
+from funlora_lab.studies.plots import Drawing, tile
 
 BLUE, ORANGE, GREY = "#2f83c4", "#d55e00", "#8a8a8a"
-STYLE = """<style>
-.funlora{color:var(--jp-content-font-color1,#222);font:13px/1.45 var(--jp-content-font-family,system-ui,sans-serif)}
-.funlora table{border-collapse:collapse;margin:4px 0;color:inherit;font-size:inherit}
-.funlora th,.funlora td{padding:2px 9px;text-align:right;border-bottom:1px solid var(--jp-border-color2,#ccc)}
-.funlora .wide{overflow-x:auto}.funlora .wide td,.funlora .wide th{white-space:nowrap}
-.funlora th:first-child,.funlora td:first-child{text-align:left}
-.funlora table.sheet td,.funlora table.sheet th{border:0;padding:2px 6px;text-align:left;vertical-align:middle}
-.funlora img{border-radius:4px;vertical-align:middle}.funlora img.pixels{image-rendering:pixelated}
-.funlora img.figure{background:#fff;border-radius:8px;padding:4px;max-width:100%}.funlora-card{border-radius:8px}
-.funlora svg{max-width:100%;height:auto}.funlora svg text{fill:currentColor}
-.funlora .soft{color:var(--jp-content-font-color2,#555)}.funlora .bad{background:#b34700}
-.funlora .badge{display:inline-block;border-radius:9px;padding:0 9px;color:#fff;font-weight:600}
-.funlora .good{background:#00704f}.funlora .problem{border-left:4px solid #d55e00;padding:2px 9px}
-</style>"""
+STYLE = f"<style>{(Path(__file__).parent / 'panel.css').read_text()}</style>"
 
 
 class Markup:
@@ -85,6 +73,36 @@ def picture(images: Tensor, words: str) -> str:
     return f'<img class="pixels" alt="{escape(words)}" width="{width}" height="{height}" src="{png_address(pixels)}">'
 
 
+def figure(drawn: Drawing, words: str) -> str:
+    """A matplotlib figure as a PNG on a white card; ``words`` describe it."""
+    return f'<img class="figure" alt="{escape(words)}" src="{data_address(drawn.png())}">'
+
+
+def grid(images: Tensor, words: Sequence[str], wrong: Sequence[bool]) -> str:
+    """uint8 images (N, C, H, W), each named and enlarged under the pointer or the focus; ``wrong`` ones outlined."""
+    side = max(28, images.shape[-1])
+    cells = (
+        f'<img tabindex="0" class="pixels{" wrong" if bad else ""}" alt="{escape(name)}" title="{escape(name)}" '
+        f'width="{side}" height="{side}" src="{png_address(one.permute(1, 2, 0).numpy())}">'
+        for one, name, bad in zip(images.cpu(), words, wrong, strict=True)
+    )
+    return f'<div class="grid">{"".join(cells)}</div>'
+
+
+def film(states: Tensor, words: str, wrong: Sequence[bool], side: int = 36) -> str:
+    """States (frames, N, C, H, W) of images side by side; the panel's time says which frame shows."""
+    (frames, N, _, H, W), pixels = states.shape, np.concatenate([row_of_images(state) for state in states])
+    clear = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+    clear[:, W :: W + 1] = 0  # nothing between two images
+    scale = max(1.0, side / H)
+    size = f"width:{pixels.shape[1] * scale:.0f}px;height:{H * scale:.0f}px"
+    left = (f"left:{i * (W + 1) * scale:.1f}px;width:{W * scale:.1f}px" for i in range(N) if wrong[i])
+    marks = "".join(f'<i class="wrong" style="{where}"></i>' for where in left)
+    address = png_address(np.concatenate([np.broadcast_to(pixels, (*pixels.shape[:2], 3)), clear], -1))
+    shown = f'<img alt="{escape(words)}" style="width:100%;height:{100 * frames}%" src="{address}">'
+    return f'<div class="film" style="--frames:{frames};{size}">{shown}{marks}</div>'
+
+
 def sheet(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
     """A table without lines; the cells are HTML already."""
     lines = [[f"<th>{cell}</th>" for cell in heads], *([f"<td>{cell}</td>" for cell in row] for row in rows)]
@@ -112,9 +130,9 @@ def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") 
     return matplotlib.colormaps[name](share.clip(0, 1), bytes=True)[..., :3]
 
 
-def svg(width: float, height: float, parts: Sequence[str], words: str) -> Markup:
+def svg(width: float, height: float, parts: Sequence[str], words: str, role: str = "img") -> Markup:
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-    about = f'role="img" aria-label="{escape(words)}" font-size="12"'
+    about = f'role="{role}" aria-label="{escape(words)}" font-size="12"'
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>')
 
 
@@ -132,7 +150,8 @@ def raster(drawn: str, scale: int = 2) -> bytes:
                 edge = None if part.get("stroke") == "none" else part.get("stroke")
                 pen.rectangle(box, part.get("fill"), edge, scale * round(float(part.get("stroke-width"))))
             case "line":
-                pen.line([of[key] for key in ("x1", "y1", "x2", "y2")], part.get("stroke"), scale)
+                ink = part.get("stroke").replace("currentColor", "#222222")
+                pen.line([of[key] for key in ("x1", "y1", "x2", "y2")], ink, scale)
             case "text":
                 font = findfont(FontProperties(family="DejaVu Sans", weight=part.get("font-weight")))
                 font = ImageFont.truetype(font, scale * float(part.get("font-size")))

@@ -1,111 +1,184 @@
-"""Panel 5: a class of one's own over a stored base, from pictures (N, C, H, W) of a folder or drawn by hand."""
+"""A class of one's own: drawn or from a folder, trained before one's eyes, and every later class as a file."""
 
-from collections.abc import Callable
+import tempfile
+from copy import copy, deepcopy
+from html import escape
+from pathlib import Path
 
-import ipywidgets as widgets
 import pandas as pd
 import torch
 from torch import Tensor
+from traitlets import Bool, Int, List, Unicode
 
-from funlora_lab.continual import LEAST, OpenRun, OwnClass, images_in, learn
+from funlora_lab.adapters import Adapters
+from funlora_lab.continual import LEAST, OwnClass, images_in, learn
 from funlora_lab.errors import LabError
+from funlora_lab.store import safe_name, write_atomically
+from funlora_lab.studies import plots
 from funlora_lab.workbench import markup
-from funlora_lab.workbench.panel import Job, Panel, button, control, errors_shown_in, row
+from funlora_lab.workbench.controls import button, check, field, place, row, slider, upload
+from funlora_lab.workbench.layers import ALONE
+from funlora_lab.workbench.panel import Working, held
 
-LARGEST = 12  # pixels a side of an image that is drawn on buttons
-DARK, BRIGHT = "#20262e", "#f2c14e"
+ENOUGH = 10  # test images from which a share of them is called an accuracy
+LARGEST = 12  # pixels a side of an image that is drawn on a grid
+DRAWN = "Draw it: press and drag over pixels, or walk with the arrow keys and press Enter; then add the drawing."
+SUFFIX = ".safetensors"
 
 
-def outcome(learned: OwnClass) -> markup.Markup:
-    """Samples of the new class, and the accuracy of every class before and after it was added."""
-    frame = pd.DataFrame({"before": learned.before, "after": learned.after}).T
+def outcome(own: OwnClass) -> markup.Markup:
+    """Samples of the new class, what its few test images say, and the other classes before and after."""
+    frame = pd.DataFrame({"before": own.before, "after": {n: own.after.get(n) for n in own.before}}).T
     frame.insert(0, "mean", frame.mean(axis=1))
-    samples = markup.picture(learned.samples[:12], f"samples of {learned.name}")
-    scores = markup.table(frame[["mean", *learned.after]], 3)
-    title = f"<p>Samples of <b>{markup.escape(learned.name)}</b></p>"
-    return markup.Markup(f"{title}{samples}<p>Accuracy on real test images, by class</p>{scores}")
+    share = f"an accuracy of {own.right / own.tested:.0%}" if own.tested >= ENOUGH else "too few to speak of accuracy"
+    words = f"{own.right} of its {own.tested} test image{'s'[: own.tested > 1]} recognised: {share}."
+    shown = markup.picture(own.samples[:12], f"samples of {own.name}")
+    title = f"Samples of <b>{escape(own.name)}</b>, which started from class {escape(own.start)}; {words}"
+    return markup.Markup(
+        f"<p>{title}</p>{shown}<p>The other classes, accuracy on real images</p>{markup.table(frame, 3)}"
+    )
 
 
-class Canvas(widgets.GridBox):
-    """Pixels as buttons: a click lights one or darkens it again; Tab and Enter do as well."""
+class OwnClassPanel(Working):
+    title = "which learns a class of your own"
+    name, folder, move, images = held(Unicode, "mine"), held(Unicode), held(Bool, True), held(Int)
+    pixels, drawn, seen, outcome, files = held(List), held(Unicode), held(Unicode), held(Unicode), held(Unicode)
 
-    def __init__(self, size: int):
-        layout = widgets.Layout(width="26px", height="26px", margin="1px", padding="0")
-        names = [f"row {i // size + 1}, column {i % size + 1}" for i in range(size**2)]
-        self.size, self.cells = size, [widgets.Button(layout=layout, tooltip=name) for name in names]
-        super().__init__(self.cells, layout=widgets.Layout(grid_template_columns=f"repeat({size}, 28px)"))
-        for one in self.cells:
-            one.on_click(self._turn)
-        self.clear()
+    def __init__(self, bench):
+        self.learned, self.drawings = None, []
+        super().__init__(bench)
 
-    def _turn(self, cell: widgets.Button) -> None:
-        cell.style.button_color = BRIGHT if cell.style.button_color == DARK else DARK
+    def renew(self) -> None:
+        e, run = self.run.experiment, self.run
+        size = e.image_size
+        draws = size <= LARGEST and e.channels == 1
+        if not run.generator.frozen:
+            self.body = markup.problem(f"The method {e.method} has no frozen base to add a class to: open another run.")
+            return
+        if self.drawings and self.drawings[0].shape != (e.channels, size, size):
+            self.drawings = []
+        with self.quietly():
+            self.images = self.images or min(e.adapter.images, 4000)
+            self.pixels = self.pixels if len(self.pixels) == size**2 else [False] * size**2
+            hint = "empty: the drawings are used" if draws else "a folder of pictures of one class"
+            what = field("name", "name of the class"), field("folder", "folder of pictures", width=300, hint=hint)
+            how = check("move", "also learn each moved by a pixel"), slider("images", "images seen", 100, 16000, 100)
+            begin = row(button("train", "Train the class", "main"), self.work_places)
+            top = row(*what), self._canvas(size) if draws else "", row(*how), begin, place("note", "note")
+            self.body = "".join(top) + row(place("seen"), place("outcome")) + place("files")
+        self._list()
+        self._show_drawings()
+
+    def _canvas(self, size: int) -> str:
+        cells = (
+            f'<button type="button" data-cell="{i}" aria-label="row {i // size + 1}, column {i % size + 1}"></button>'
+            for i in range(size**2)
+        )
+        grid = f'<div class="cells" style="grid-template-columns:repeat({size},24px)">{"".join(cells)}</div>'
+        acts = {"add": "Add the drawing", "clear": "Clear the canvas", "forget": "Forget all drawings"}.items()
+        acts = [button(act, words) for act, words in acts]
+        return f"<p>{DRAWN}</p>" + row(grid, f"<div>{row(*acts)}{place('drawn')}</div>")
 
     @property
-    def pixels(self) -> Tensor:
+    def canvas(self) -> Tensor:
         """uint8 (1, size, size): 255 where lit."""
-        lit = [255 * (one.style.button_color == BRIGHT) for one in self.cells]
-        return torch.tensor(lit, dtype=torch.uint8).reshape(1, self.size, self.size)
+        size = self.run.experiment.image_size
+        return 255 * torch.tensor(self.pixels, dtype=torch.uint8).reshape(1, size, size)
 
-    def clear(self) -> None:
-        for one in self.cells:
-            one.style.button_color = DARK
+    def press_add(self) -> None:
+        if not any(self.pixels):
+            raise LabError("The canvas is empty: light some pixels first.")
+        self.drawings = [*self.drawings, self.canvas]
+        self.press_clear()
+        self._show_drawings()
 
+    def press_clear(self) -> None:
+        self.pixels = [False] * len(self.pixels)
 
-class OwnClassPanel(Panel):
-    def __init__(self, run: OpenRun):
-        super().__init__(run)
-        e, self.learned, self.job = run.experiment, None, Job(run.runtime.device)
-        empty, seen = "empty: the drawings below are used", min(e.adapter.images, 4000)
-        self.name = control(widgets.Text, "name of the class", "mine", "240px")
-        self.folder = control(widgets.Text, "folder of pictures", "", "380px", placeholder=empty)
-        self.move = control(widgets.Checkbox, "also learn each shifted by one pixel", True, "300px", indent=False)
-        self.images = control(widgets.IntSlider, "images seen in training", seen, "360px", min=100, max=16000, step=100)
-        self.train_button = button("Train the class", lambda: self.job.begin(self._train), "cogs", "primary")
-        self.export_button = button("Export as a file", self.export, "download", disabled=True)
-        self.drawn, self.exported = widgets.HTML(), widgets.HTML()
-        what, how, begin = row(self.name, self.folder), row(self.move, self.images), row(self.train_button, self.job)
-        drawing = self._drawing() if e.image_size <= LARGEST and e.channels == 1 else []
-        self.children = [what, *drawing, how, begin, self.picture, row(self.export_button, self.exported)]
-        self.forget()
+    def press_forget(self) -> None:
+        self.drawings = []
+        self._show_drawings()
 
-    def _drawing(self) -> list[widgets.Widget]:
-        self.canvas = Canvas(self.run.experiment.image_size)
-        words = "Draw it: light pixels by clicking, add the drawing, draw another way of writing it."
-        add = button("Add the drawing", self.add_drawing, "plus")
-        clear = button("Clear the canvas", self.canvas.clear, "eraser")
-        forget = button("Forget all drawings", self.forget, "trash")
-        return [widgets.HTML(words), row(self.canvas, widgets.VBox([add, clear, forget, self.drawn]))]
+    def _show_drawings(self) -> None:
+        count = f"{len(self.drawings)} drawing{'s'[: len(self.drawings) != 1]}"
+        few = f"; at least {LEAST} are needed, four or more are better" if len(self.drawings) < 4 else ""
+        drawn = markup.picture(torch.stack(self.drawings), count) if self.drawings else ""
+        self.drawn = f"{count}{few}<br>{drawn}"
 
-    def add_drawing(self) -> None:
-        if not self.canvas.pixels.any():
-            self.drawn.value = markup.problem("The canvas is empty: light some pixels first.")
-            return
-        self.drawings.append(self.canvas.pixels)
-        count = f"{len(self.drawings)} drawing" + ("s" if len(self.drawings) > 1 else "")
-        self.drawn.value = str(markup.Markup(f"{count}<br>{markup.picture(torch.stack(self.drawings), count)}"))
-        self.canvas.clear()
-
-    def forget(self) -> None:
-        self.drawings: list[Tensor] = []
-        self.drawn.value = f"no drawing yet; at least {LEAST} are needed"
-
-    def pictures(self, check: Callable[[], None] = lambda: None) -> Tensor:
+    def given(self) -> Tensor:
         """The class's images, uint8 (N, C, H, W): of the folder, or the drawings."""
-        e, folder = self.run.experiment, self.folder.value.strip()
+        e, folder = self.run.experiment, self.folder.strip()
         if not folder and not self.drawings:
             raise LabError("There is no picture of the class: name a folder, or draw some.")
-        return images_in(folder, e.image_size, e.channels, check) if folder else torch.stack(self.drawings)
+        return images_in(folder, e.image_size, e.channels) if folder else torch.stack(self.drawings)
 
-    def _train(self) -> None:
+    def press_train(self) -> None:
         """Train the class; the same pictures and settings resume or reuse what is stored."""
-        self.export_button.disabled, self.learned = True, None
-        what = (self.name.value, self.pictures(self.job.runtime.check), self.move.value, self.job.runtime)
-        self.learned = learn(self.run, *what, adapter_images=self.images.value)
-        self.picture.value = str(outcome(self.learned))
-        self.export_button.disabled = False
+        images, name = self.given(), self.name
+        if name in self.run.known.values():
+            raise LabError(f"This run already knows a class {name}: choose another name, or remove it first.")
+        self.begin(lambda: self._train(name, images))
 
-    def export(self) -> None:
-        with errors_shown_in(self.exported):
-            path = self.learned.export()
-            self.exported.value = f"Written: <code>{path}</code>, {path.stat().st_size / 1000:.1f} kB."
+    def _train(self, name: str, images: Tensor) -> None:
+        looks: list[tuple[int, float, Tensor]] = []
+
+        def watch(step: int, loss: float, drawn: Tensor) -> None:
+            looks.append((step, loss, drawn))
+            rows = [[f"step {at}", markup.picture(x, f"samples at step {at}"), f"loss {v:.3f}"] for at, v, x in looks]
+            self.seen = f"<b>Samples from the same noise</b>{markup.sheet(rows)}"
+
+        self.seen = self.outcome = ""
+        what = {"move": self.move, "runtime": self.runtime, "watch": watch, "adapter_images": self.images}
+        with ALONE:  # a network of its own: the panels draw with the run's meanwhile
+            run, generator = copy(self.run), copy(self.run.generator)
+            generator.net = deepcopy(generator.net)
+            generator.adapters = Adapters(generator.net, run.experiment)
+        run.generator = generator
+        self.learned = learn(run, name, images, **what)
+        if len(looks) > 1:
+            steps, losses = ([look[i] for look in looks] for i in (0, 1))
+            images_seen = [step * self.run.experiment.adapter.batch for step in steps]
+            curve = plots.training_curves({name: (images_seen, losses)}, name)
+            self.seen = f"{self.seen}{markup.figure(curve, f'loss while {name} was trained')}"
+        self.outcome = outcome(self.learned).html
+        self._bring(self.learned.export().read_bytes())
+
+    def _bring(self, content: bytes, name: str = "class") -> None:
+        """Put a class file into the run; every panel then knows the class."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{safe_name(name.removesuffix(SUFFIX))}{SUFFIX}"
+            write_atomically(path, content)
+            with ALONE:
+                self.run.import_class(path)
+        self.bench.renew()
+
+    def press_upload(self, name: str, content: bytes) -> None:
+        self._bring(content, name)
+
+    def press_remove(self, cls: str) -> None:
+        with ALONE:
+            self.run.remove_class(int(cls))
+        self.bench.renew()
+
+    def press_save(self, cls: str) -> None:
+        """Hand the class's file to the browser, which saves it where the user's downloads go."""
+        name = f"{cls}-{safe_name(self.run.known[int(cls)])}{SUFFIX}"
+        with tempfile.TemporaryDirectory() as folder:
+            with ALONE:
+                path = self.run.export_class(int(cls), Path(folder) / name)
+            self.send({"save": name}, [path.read_bytes()])
+
+    def _list(self) -> None:
+        """Every class that stands alone, with its file."""
+        known = self.run.known
+        rows = [
+            [
+                f"<b>{escape(known[cls])}</b>",
+                "learned by the run" if cls in self.run.context.classes else "your own",
+                button("save", "Download", value=str(cls), words=f"Download class {known[cls]}"),
+                button("remove", "Remove", value=str(cls), words=f"Remove class {known[cls]}"),
+            ]
+            for cls in sorted(self.run.generator.rows, reverse=True)
+        ]
+        listed = f'<div class="scrolls" style="max-height:180px">{markup.sheet(rows)}</div>'
+        self.files = f"<b>Classes of this run as files</b>{listed}{row(upload('upload', 'Import a class', SUFFIX))}"

@@ -1,74 +1,151 @@
-"""The workbench: six panels of widgets over a stored run. What they show is also plain functions beside them.
+"""The workbench: panels over one stored run that know of each other. What they show is also plain functions.
 
 bench = open_workbench("digits")
-bench.functions, bench.samples, bench.layers, bench.runs, bench.own_class, bench.report
+bench.lens, bench.layers, bench.samples, bench.confusion, bench.own_class, bench.runs, bench.report
 """
 
 from functools import cached_property
 from html import escape
 
-import ipywidgets as widgets
+import traitlets
+from IPython import get_ipython
 from IPython.display import display
+from traitlets import Unicode
 
+from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, open_folder, open_run
+from funlora_lab.continual import run as run_experiment
 from funlora_lab.errors import LabError
+from funlora_lab.experiment import Experiment
 from funlora_lab.presets import configured
 from funlora_lab.store import Run
+from funlora_lab.training import Runtime
 from funlora_lab.workbench import report, runs
-from funlora_lab.workbench.layers_panel import FunctionsPanel, LayersPanel
-from funlora_lab.workbench.markup import Markup, data_address, problem
+from funlora_lab.workbench.controls import button, place, row
+from funlora_lab.workbench.lens_panel import LayerPanel, LensPanel
+from funlora_lab.workbench.markup import data_address, problem
 from funlora_lab.workbench.own_class_panel import OwnClassPanel
-from funlora_lab.workbench.panel import Job, Panel, button, control, progress_bar, row
+from funlora_lab.workbench.panel import Working, held
 from funlora_lab.workbench.runs_panel import RunsPanel
-from funlora_lab.workbench.samples_panel import SamplesPanel
+from funlora_lab.workbench.samples_panel import RUNS, ConfusionPanel, SamplesPanel
 
 
-class ReportPanel(Panel):
-    def __init__(self, run: OpenRun):
-        super().__init__(run)
-        self.path, self.job = None, Job(run.runtime.device)
-        names = runs.table(run.run.folder.parent, state="finished")["run"].tolist()
-        self.chosen = control(widgets.Dropdown, "run", run.run.folder.name, "480px", options=names)
-        self.write_button = button("Write the report", lambda: self.job.begin(self._write), "file-text-o", "primary")
-        self.children = [row(self.chosen, self.write_button), self.job, self.picture]
+class ReportPanel(Working):
+    title, path, written = "which writes a run as a page", None, held(Unicode)
+
+    def renew(self) -> None:
+        self.written = ""
+        words = f"Write the report of {self.run.run.folder.name}"
+        self.body = row(button("write", words, "main"), self.work_places) + place("note") + place("written")
+
+    def press_write(self) -> None:
+        self.begin(self._write)
 
     def _write(self) -> None:
-        mine, folder = self.run.run.folder, self.run.run.folder.parent / self.chosen.value
-        self.path = report.write(self.run if folder == mine else open_folder(folder))
+        self.path = report.write(self.run)
         content = self.path.read_bytes()
-        link = f'download="{escape(folder.name)}.html" href="{data_address(content, "text/html")}"'
-        written = f"Written: <code>{escape(str(self.path))}</code>, {len(content) / 1000:.0f} kB."
-        self.picture.value = str(Markup(f"{written} <a {link}>Save a copy</a>"))
+        link = f'download="{escape(self.run.run.folder.name)}.html" href="{data_address(content, "text/html")}"'
+        self.written = f"{len(content) / 1000:.0f} kB in the run's folder. <a {link}>Save a copy</a>"
 
 
 class Workbench:
-    def __init__(self, run: OpenRun):
-        self.run = run
+    """Panels, made when first asked for; ``run`` and ``chosen`` (runs to compare, by name) are the state of all."""
 
-    functions = cached_property(lambda self: FunctionsPanel(self.run))
-    samples = cached_property(lambda self: SamplesPanel(self.run))
-    layers = cached_property(lambda self: LayersPanel(self.run))
-    runs = cached_property(lambda self: RunsPanel(self.run))
-    own_class = cached_property(lambda self: OwnClassPanel(self.run))
-    report = cached_property(lambda self: ReportPanel(self.run))
+    PANELS = ("lens", "layers", "samples", "confusion", "own_class", "runs", "report")
+
+    def __init__(self, run: OpenRun):
+        self.run, self._chosen, self._opened = run, [run.run.folder.name], {}
+        self._texts = {name: method.text for name, method in METHODS.items()}
+
+    lens = cached_property(lambda self: LensPanel(self))
+    samples = cached_property(lambda self: SamplesPanel(self))
+    confusion = cached_property(lambda self: ConfusionPanel(self))
+    runs = cached_property(lambda self: RunsPanel(self))
+    own_class = cached_property(lambda self: OwnClassPanel(self))
+    report = cached_property(lambda self: ReportPanel(self))
+
+    @cached_property
+    def layers(self) -> LayerPanel:
+        panel = LayerPanel(self)
+        traitlets.link((self.lens, "layer"), (panel, "layer"))
+        return panel
 
     def __repr__(self) -> str:
         return f"Workbench over {self.run.run.folder.name}: {runs.scores(self.run.results)}"
 
+    @property
+    def chosen(self) -> list[str]:
+        return self._chosen
+
+    @chosen.setter
+    def chosen(self, names: list[str]) -> None:
+        self._chosen = names
+        if "samples" in vars(self) and self.samples.view == RUNS:
+            self.samples.redraw()
+
+    def opened(self) -> list[OpenRun]:
+        """The finished runs among those that are chosen."""
+        home, here = self.run.run.folder.parent, self.run.run.folder.name
+        for name in self.chosen:
+            if name != here and name not in self._opened and Run.at(home / name).results():
+                self._opened[name] = open_folder(home / name, str(self.run.runtime.device))
+        return [
+            self.run if name == here else self._opened[name] for name in self.chosen if name in {here, *self._opened}
+        ]
+
+    def renew(self) -> None:
+        """Have every panel take over the run and its classes as they are now."""
+        for name in self.PANELS:
+            if name in vars(self):
+                getattr(self, name).renew()
+
+    def open(self, name: str) -> None:
+        """Show another finished run in all panels."""
+        self.run = open_folder(self.run.run.folder.parent / name, str(self.run.runtime.device))
+        self._chosen = [*dict.fromkeys([*self._chosen, name])]
+        self.renew()
+
+    def train(self, experiment: Experiment, runtime: Runtime) -> None:
+        """Train a run beside the others, or read it back, and choose it with them."""
+        home = self.run.run.folder.parent
+        run_experiment(experiment, runtime=runtime, home=home)
+        self.chosen = [*dict.fromkeys([*self.chosen, Run.of(experiment, home).folder.name])]
+        if "runs" in vars(self):
+            self.runs.chosen = self.chosen
+            self.runs.renew()
+
+    def look(self, *_) -> None:
+        """Take note of functions that a cell has registered: the newest one is looked at in the lens."""
+        texts = {name: method.text for name, method in METHODS.items()}
+        new = [name for name in texts if texts[name] != self._texts.get(name) and METHODS[name].matrix]
+        self._texts = texts
+        if new and "lens" in vars(self):
+            self.lens.renew()
+            with self.lens.telling():
+                self.lens.function = new[-1]
+            if "runs" in vars(self):
+                self.runs.renew()
+
 
 def open_workbench(preset_name="digits", method="funlora", seed=0, settings="", device="auto") -> Workbench:
     """The workbench over a run, trained first if it is not stored; ``settings`` are further ``key=value`` words."""
-    experiment, bar, note = configured(preset_name, settings, method=method, seed=seed), progress_bar(), widgets.HTML()
-    if not Run.of(experiment).results():
-        display(widgets.VBox([bar, note]))
+    experiment, seen, shown = configured(preset_name, settings, method=method, seed=seed), runs.Progress(), None
 
     def show(event) -> None:
-        bar.value, note.value = runs.described(event)
+        nonlocal shown
+        share, sentence = seen.see(event)
+        html = (
+            f'<progress max="1" value="{share:.3f}" aria-label="share done"></progress> {share:.0%} {escape(sentence)}'
+        )
+        if not event.get("replayed"):
+            shown = shown or display({"text/html": html}, raw=True, display_id=True)
+            shown.update({"text/html": html}, raw=True)
 
     try:
-        run = open_run(experiment, device, show)
+        bench = Workbench(open_run(experiment, device, show))
     except LabError as reason:
-        note.value = problem(reason)
+        display({"text/html": problem(reason)}, raw=True)
         raise
-    bar.value, bar.bar_style, note.value = 1.0, "success", f"Trained: {run.run.folder.name}."
-    return Workbench(run)
+    if shell := get_ipython():
+        shell.events.register("post_run_cell", bench.look)
+    return bench

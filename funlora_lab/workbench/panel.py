@@ -1,125 +1,152 @@
-"""What every panel is made of: labelled controls, a place for pictures, and long work in a thread.
+"""What every panel is made of: one widget that shows HTML in places, and long work in a thread with a bar and a Stop.
 
-Pictures go to ``HTML.value`` and ``Image.value``: an ``Output`` may hang a notebook executed without a browser.
+A trait named in the HTML is a control's value or a place's content. Nothing else is a widget: a page of panels is a
+handful of models, and it runs without a browser, where an ``Output`` or ``interact`` may hang.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
-import ipywidgets as widgets
-import torch
+import anywidget
+from traitlets import TraitType, Unicode
 
-from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.training import Runtime
-from funlora_lab.workbench.markup import Markup, problem
-from funlora_lab.workbench.runs import described
+from funlora_lab.workbench import controls
+from funlora_lab.workbench.markup import problem
+from funlora_lab.workbench.runs import Progress
 
-STOPPED = "Stopped; what was done is saved, and the same button goes on from there."
-
-
-def control(kind: type, description: str, value, width: str = "260px", height: str | None = None, **settings):
-    """A control whose whole description is shown."""
-    layout, style = widgets.Layout(width=width, height=height), {"description_width": "initial"}
-    return kind(description=description, value=value, **({"layout": layout, "style": style} | settings))
+HERE = Path(__file__).parent
+STOPPED = "Stopped. What was done is saved: the same button goes on from there."
 
 
-def button(description: str, act: Callable[[], None], icon="", kind="", width="auto", **settings) -> widgets.Button:
-    look = {"icon": icon, "button_style": kind, "layout": widgets.Layout(width=width)}
-    made = widgets.Button(description=description, **look, **settings)
-    made.on_click(lambda _: act())
-    return made
+def held(kind: type[TraitType], *arguments) -> TraitType:
+    """A trait that the browser and Python share."""
+    return kind(*arguments).tag(sync=True)
 
 
-def progress_bar() -> widgets.FloatProgress:
-    return widgets.FloatProgress(value=0.0, max=1.0, layout=widgets.Layout(width="320px"))
+class Panel(anywidget.AnyWidget):
+    """A panel of a workbench; ``form`` writes its body, ``renew`` follows the run that the workbench shows."""
 
+    _esm, _css = HERE / "panel.js", HERE / "panel.css"
+    body, note = held(Unicode), held(Unicode)
+    title = "a live panel"
 
-def picture_card() -> widgets.Image:
-    """A place for a matplotlib figure: a white card with round corners, on light and dark alike."""
-    made = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", align_self="flex-start"))
-    return made.add_class("funlora-card")
-
-
-def row(*controls) -> widgets.Box:
-    """Controls side by side, wrapping where the window is narrow."""
-    return widgets.Box(controls, layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 14px"))
-
-
-@contextmanager
-def errors_shown_in(place: widgets.HTML) -> Iterator[None]:
-    """A user's error becomes a sentence in ``place``."""
-    try:
-        yield
-    except LabError as reason:
-        place.value = problem(reason)
-
-
-class Panel(widgets.VBox):
-    """Controls above a picture; a user's error becomes a sentence in the picture's place."""
-
-    def __init__(self, run: OpenRun):
+    def __init__(self, bench):
         super().__init__()
-        self.run, self.picture, self._silent = run, widgets.HTML(), False
+        self.bench, self._silent = bench, False
+        self.on_msg(lambda _, content, buffers: self.press(content["press"], content.get("value", ""), *buffers))
+        self.renew()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}: a live panel; run this cell to use it."
+        return f"{type(self).__name__}, {self.title}: to bring it to life, choose Run, then Run All Cells."
 
-    def on_change(self, act: Callable[[], None], *controls) -> None:
-        for one in controls:
-            one.observe(lambda _: self._silent or act(), "value")
+    run = property(lambda self: self.bench.run)
+    classes = property(lambda self: [(name, cls) for cls, name in self.run.known.items()])
+
+    def renew(self) -> None:
+        """Take over what the workbench shows now: another run, or one with other classes."""
+        raise NotImplementedError
+
+    def press(self, act: str, value: str = "", *buffers: bytes) -> None:
+        """What a button does; a user's error becomes a sentence in ``note``."""
+        with self.telling():
+            self.note = ""
+            getattr(self, f"press_{act}")(*([value] if value or buffers else []), *map(bytes, buffers))
 
     @contextmanager
-    def quietly(self) -> Iterator[None]:
-        """Set several controls as one change, without acting on each."""
-        self._silent = True
+    def telling(self):
         try:
             yield
+        except LabError as reason:
+            self.note = problem(reason)
+
+    def on_change(self, act: Callable[[], None], *names: str) -> None:
+        def changed(_) -> None:
+            if not self._silent:
+                with self.telling():
+                    act()
+
+        self.observe(changed, list(names))
+
+    @contextmanager
+    def quietly(self):
+        """Set several controls as one change, without acting on each; the browser is told of all at once."""
+        before, self._silent = self._silent, True
+        try:
+            with self.hold_sync():
+                yield
         finally:
-            self._silent = False
-
-    def show(self, make: Callable[[], Markup], place: widgets.HTML | None = None) -> None:
-        place = place or self.picture
-        with errors_shown_in(place):
-            place.value = str(make())
+            self._silent = before
 
 
-class Job(widgets.VBox):
-    """Long work in a thread, one at a time: a bar, a sentence, and a Stop button that ``runtime`` listens to."""
+class Drawer:
+    """One thread that calls ``draw`` for the newest state and skips those in between; ``moved`` says of a newer one."""
 
-    def __init__(self, device: torch.device):
-        self.bar, self.note = progress_bar(), widgets.HTML()
-        self.thread, self._asked = threading.Thread(), threading.Event()
-        self.stop_button = button("Stop", self._asked.set, "stop", "warning", disabled=True)
+    def __init__(self, draw: Callable[[], None]):
+        self.draw, self.moved, self.thread = draw, threading.Event(), threading.Thread()
+
+    def wake(self) -> None:
+        self.moved.set()
+        if not self.thread.is_alive():
+            self.thread = threading.Thread(target=self._follow, daemon=True)
+            self.thread.start()
+
+    def _follow(self) -> None:
+        while self.moved.wait():
+            self.moved.clear()
+            self.draw()
+
+
+class Working(Panel):
+    """A panel with long work in a thread, one at a time, which its Stop button ends where all is saved."""
+
+    bar, halt = held(Unicode), held(Unicode)
+    work_places = controls.row(controls.place("bar"), controls.place("halt"))
+
+    def __init__(self, bench):
+        self.thread, self._asked, self._shown = threading.Thread(), threading.Event(), 0.0
+        super().__init__(bench)
+
+    @property
+    def runtime(self) -> Runtime:
+        """One that listens to Stop and reports to the bar."""
         asked = {"stop": lambda: STOPPED if self._asked.is_set() else None, "save_seconds": 5.0}
-        self.runtime = Runtime(device, report=lambda event: self.say(*described(event)), **asked)
-        super().__init__([row(self.bar, self.stop_button), self.note])
+        return Runtime(self.run.runtime.device, report=lambda event: self.say(*self.progress.see(event)), **asked)
 
-    def begin(self, work: Callable[[], None]) -> None:
-        """Start ``work`` in a thread; it calls ``say`` and ``runtime.check`` now and then."""
+    def begin(self, work: Callable[[], None], progress: Progress | None = None) -> None:
         if self.thread.is_alive():
-            self.note.value = problem("This panel is still at work: wait, or press Stop.")
-            return
+            raise LabError("This panel is still at work: wait, or press Stop.")
         self._asked.clear()
-        self.bar.bar_style, self.stop_button.disabled = "", False
-        self.say(0.0, "Working.")
-        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self.progress = progress or Progress()
+        self.say(0.0, "Working.", at_once=True)
+        self.halt = controls.button("stop", "Stop", "halt")
+        self.thread = threading.Thread(target=self._work, args=(work,), daemon=True)
         self.thread.start()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _work(self, work: Callable[[], None]) -> None:
         try:
             work()
-            self.bar.value, self.bar.bar_style, self.note.value = 1.0, "success", "Done."
+            end = "Done."
         except Stopped as reason:
-            self.bar.bar_style, self.note.value = "warning", str(reason)
+            end = str(reason)
+        except LabError as reason:
+            end = problem(reason)
         except Exception as reason:  # whatever it is, a thread has no other way to report it
-            unforeseen = f"Something unforeseen went wrong: {type(reason).__name__}: {reason}"
-            self.bar.bar_style = "danger"
-            self.note.value = problem(reason if isinstance(reason, LabError) else unforeseen)
-        finally:
-            self.stop_button.disabled = True
+            end = problem(f"Something unforeseen went wrong: {type(reason).__name__}: {reason}")
+        self.bar, self.halt = f'<div role="status">{end}</div>', ""
 
-    def say(self, share: float, sentence: str) -> None:
-        """Show the share that is done, in [0, 1], and a sentence."""
-        self.bar.value, self.note.value = share, sentence
+    def press_stop(self) -> None:
+        self._asked.set()
+        self.halt = ""
+        self.say(self.progress.share, "Stopping at the next step.", at_once=True)
+
+    def say(self, share: float, sentence: str, at_once: bool = False) -> None:
+        """Show the share that is done, in [0, 1], and a sentence: at most ten times a second."""
+        if at_once or time.monotonic() - self._shown > 0.1:
+            self._shown = time.monotonic()
+            bar = f'<progress aria-label="share done" max="1" value="{share:.4f}"></progress>'
+            self.bar = f"{bar} {share:.0%} {sentence}"

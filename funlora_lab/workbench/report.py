@@ -13,7 +13,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import shown
 from funlora_lab.presets import PRESETS
 from funlora_lab.store import write_atomically
-from funlora_lab.studies import keep
+from funlora_lab.studies import keep, plots
 from funlora_lab.studies.verification import verify
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.layers import AdaptedLayers
@@ -28,10 +28,10 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme:dark){{
  :root{{--jp-content-font-color1:#eee;--jp-content-font-color2:#bbb;--jp-border-color2:#555}}body{{background:#151515}}}}
 body{{max-width:1000px;margin:24px auto;padding:0 16px}} h1{{font-size:22px}} h2{{font-size:17px;margin-top:28px}}
-.funlora{{font-size:14px}}</style></head><body>{body}</body></html>
+.funlora{{font-size:14px;overflow-wrap:anywhere}}</style></head><body>{body}</body></html>
 """
 
-TITLES = {"samples": "Real images and samples", "confusion": "Confusion after the last task"}
+TITLES = {"samples": "Real images and samples", "confusion": "Confusion after the last task, in images"}
 SUMMARY = {
     "LA": "LA, accuracy over all classes after the last task",
     "AIA": "AIA, its mean over the tasks",
@@ -64,9 +64,10 @@ def page(run: OpenRun) -> str:
         len(run.context.dataset.test)
     except LabError as reason:  # without the real images all else can be shown
         sections["Images"] = f"<p>{escape(str(reason))}</p>"
-    for name, drawn in keep.pictures(run).items():
-        words = TITLES.get(name, name.capitalize())
-        sections[words] = f'<img class="figure" alt="{escape(words)}" src="{markup.data_address(drawn.png())}">'
+    drawn = {TITLES.get(name, name.capitalize()): one for name, one in keep.pictures(run).items()}
+    if run.generator.draws:
+        drawn["Samples after every task"] = samples_after_every_task(run)
+    sections |= {words: markup.figure(one, words) for words, one in drawn.items()}
     if run.generator.rows:
         try:
             sections["What the adapters change"] = AdaptedLayers(run).heatmap("change of the weights").html
@@ -76,11 +77,22 @@ def page(run: OpenRun) -> str:
     settings = markup.table({name: shown(value) for name, value in e.flat.items()})
     sections["Certificate of no forgetting"] = certificate(run)
     sections["Settings"] = f"<p><code>{escape(command)}</code></p><details><summary>all</summary>{settings}</details>"
-    sections["Provenance"] = markup.table({name: str(v) for name, v in (made | made.pop("versions", {})).items()})
+    facts = made | made.pop("versions", {}) | {f"data, {name}": v for name, v in made.pop("data", {}).items() if v}
+    sections["Provenance"] = markup.table(
+        {name: str(facts[name]) for name in facts if name not in ("data", "versions")}
+    )
     parts = [f"<h2>{escape(name)}</h2><div class='wide'>{html}</div>" for name, html in sections.items()]
     head = f'<h1>FunLoRA run: {escape(title)}</h1><p class="soft">{escape(run.run.folder.name)}</p>'
     foot = f'<p class="soft">Written by funlora-lab {__version__} on {now}.</p>'
     return PAGE.format(title=escape(title), body=str(markup.Markup("".join([head, *parts, foot]))))
+
+
+def samples_after_every_task(run: OpenRun, count: int = 4) -> plots.Drawing:
+    """The same noise of every class after every task, of at most a dozen classes: what was learned first stays."""
+    after = {f"after task {k}": run.samples_after(k, count) for k in range(1, len(run.tasks) + 1)}
+    order = run.context.classes[:12]
+    real = {cls: run.context.dataset.train.of(cls).pixels[:count] for cls in order}
+    return plots.sample_columns([("real", real), *after.items()], order, run.classes)
 
 
 def accuracy_table(run: OpenRun) -> pd.DataFrame:

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +18,7 @@ import pandas as pd
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment, shown
 from funlora_lab.presets import preset
-from funlora_lab.store import Run, in_use, listing
+from funlora_lab.store import Run, canonical, in_use, listing
 from funlora_lab.training import Event
 
 NUMBERS = ["seed", "LA", "AIA", "PPC", "recognition", "flow_loss", "seconds"]
@@ -36,6 +38,41 @@ def table(where: Path | None = None, text="", state="", by="started", descending
     return frame.sort_values(by, ascending=not descending, kind="stable").reset_index(drop=True)
 
 
+def differences(names: Sequence[str], where: Path | None = None) -> pd.DataFrame:
+    """The settings in which runs differ, one line a setting and one column a run, as words."""
+    known = {run["name"]: run["settings"] or {} for run in listing(where)}
+    frame = pd.DataFrame({name: {key: shown(v) for key, v in known.get(name, {}).items()} for name in names})
+    frame = frame.astype(object).fillna("")
+    return frame[frame.nunique(axis=1, dropna=False) > 1].drop(index=["preset"], errors="ignore")
+
+
+def short_names(names: Sequence[str], where: Path | None = None) -> dict[str, str]:
+    """Runs by what tells them apart, for a legend: methods by name, other settings as key=value."""
+    unlike = differences(names, where)
+    words = {n: " ".join(v if k == "method" else f"{k}={v}" for k, v in unlike[n].items()) for n in unlike}
+    alike = len({*words.values()}) < len(names)
+    return {name: name if alike or not words.get(name) else words[name] for name in names}
+
+
+def over_seeds(where: Path | None = None) -> pd.DataFrame:
+    """Finished runs that differ in their seed alone: how many, and mean ± standard deviation of what they reached."""
+    groups: dict[str, list[dict]] = {}
+    for run in listing(where):
+        if run["results"]:
+            key = canonical({k: v for k, v in run["settings"].items() if k != "seed"})
+            groups.setdefault(key, []).append(run["settings"] | run["results"])
+    lines = []
+    for members in groups.values():
+        frame = pd.DataFrame(members)
+        line = {"preset": members[0]["preset"], "method": members[0]["method"], "seeds": len(members)}
+        for name in ("LA", "AIA", "recognition", "flow_loss"):
+            values = pd.to_numeric(frame[name], errors="coerce")
+            spread = f" ± {values.std():.4f}" if len(members) > 1 else ""
+            line[name] = "–" if values.isna().all() else f"{values.mean():.4f}{spread}"
+        lines.append(line)
+    return pd.DataFrame(lines, columns=["preset", "method", "seeds", "LA", "AIA", "recognition", "flow_loss"])
+
+
 def measured(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
@@ -44,33 +81,60 @@ def scores(results: dict) -> str:
     return f"LA {measured(results['LA'])}, AIA {measured(results['AIA'])}"
 
 
-def described(event: Event) -> tuple[float, str]:
-    """(share of the present training or drawing that is done, a sentence) of one event of a run."""
+def described(event: Event) -> str:
+    """A sentence on one event of a run."""
     match event["event"]:
         case "loss":
             what = f"adapter of class {event['class']}" if "class" in event else f"the {event['stage']}"
-            sentence = f"Training {what}, step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}."
-            return event["step"] / event["steps"], sentence
+            return f"Training {what}, step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}."
         case "samples":
-            return event["drawn"] / event["of"], f"Drawing class {event['class']}: {event['drawn']} of {event['of']}."
+            return f"Drawing class {event['class']}: {event['drawn']} of {event['of']}."
         case "accuracy":
-            return event["task"] / event["of"], f"Task {event['task']} of {event['of']}: {event['average']:.4f}."
-    return 0.0, "Working."
+            return f"Task {event['task']} of {event['of']}: {event['average']:.4f}."
+    return "Working."
 
 
-def progress(run: Run) -> tuple[float, str]:
-    """(share of the run that is done, roughly, in [0, 1]; a sentence that says where it stands)."""
+class Progress:
+    """How far a run is, from its events: a share of [0, 1] that never falls, and a sentence with the time that remains.
+
+    Of a task, training counts for 0.6, drawing for 0.1 and the classifier for 0.3; events read back take no time.
+    """
+
+    def __init__(self):
+        self.tasks, self.done, self.share, self.trained, self.begun = 1, 0, 0.0, False, None
+
+    def see(self, event: Event) -> tuple[float, str]:
+        kind, within = event["event"], 0.0
+        if kind == "run":
+            self.tasks = len(event["tasks"])
+        elif kind == "accuracy":
+            self.done, self.trained = event["task"], False
+        elif kind == "loss" and event["stage"] != "classifier":
+            self.trained, within = True, 0.6 * event["step"] / event["steps"]
+        elif kind == "samples":
+            within = 0.6 + 0.1 * event["drawn"] / event["of"]
+        elif kind == "loss" and self.trained:  # the classifier of real images comes before all training
+            within = 0.7 + 0.3 * event["step"] / event["steps"]
+        self.share = max(self.share, min(1.0, (self.done + within) / self.tasks))
+        now, remains = time.monotonic(), ""
+        if self.begun is None and not event.get("replayed"):
+            self.begun = now, self.share
+        if self.begun and self.share - self.begun[1] > 0.02:
+            seconds = (now - self.begun[0]) * (1 - self.share) / (self.share - self.begun[1])
+            remains = f" About {seconds / 60:.0f} min remain." if seconds > 90 else f" About {seconds:.0f} s remain."
+        task = f"Task {min(self.done + 1, self.tasks)} of {self.tasks}. " if self.tasks > 1 else ""
+        return self.share, f"{task}{described(event)}{remains}"
+
+
+def progress(run: Run, known: Progress | None = None) -> tuple[float, str]:
+    """(share of the run that is done, a sentence on where it stands); ``known`` has seen its log before."""
     if results := run.results():
         return 1.0, f"Finished: {scores(results)}."
-    events = run.events()
-    if not events:
-        return 0.0, "Starting."
-    tasks, done = len(events[0]["tasks"]), sum(event["event"] == "accuracy" for event in events)
-    last = next((event for event in reversed(events) if event["event"] in ("accuracy", "loss")), {})
-    share, sentence = described(last) if last.get("event") == "loss" else (0.0, "")
-    judged = last.get("stage") == "classifier" and done + 1 < tasks
-    share = min(1.0, (done + (0.6 + 0.4 * share if judged else 0.6 * share)) / tasks)
-    return share, f"Task {min(done + 1, tasks)} of {tasks}. {sentence}".strip()
+    seen, said = known or Progress(), (0.0, "Starting.")
+    for event in run.events():
+        if event["event"] in ("run", "loss", "accuracy"):
+            said = seen.see(event)
+    return said
 
 
 def arguments(experiment: Experiment) -> list[str]:

@@ -1,141 +1,185 @@
-"""Panel 4: every stored run in a table, their curves over one another, and runs started, stopped and resumed."""
+"""Every stored run in a table, their differences and curves, and runs started, stopped and resumed."""
 
 import threading
 import time
 from contextlib import suppress
+from html import escape
 
-import ipywidgets as widgets
 import pandas as pd
+from traitlets import Bool, Int, List, Unicode
 
 from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import PRESETS, configured
-from funlora_lab.store import Run, in_use
+from funlora_lab.store import Run
 from funlora_lab.studies import plots
 from funlora_lab.systems import all_methods
 from funlora_lab.workbench import markup, runs
-from funlora_lab.workbench.panel import Panel, button, control, errors_shown_in, picture_card, progress_bar, row
+from funlora_lab.workbench.controls import button, check, field, place, row, select
+from funlora_lab.workbench.panel import Panel, held
 
-ACCURACY = "accuracy"
-CURVES = [(ACCURACY, ACCURACY), ("losses of the base", "base")]
-CURVES += [(f"losses of the {stage}s", stage) for stage in ("adapter", "classifier")]
-STATES = [("any", ""), *((state, state) for state in ("finished", "running", "unfinished", "damaged", "other version"))]
+CURVES = ("accuracy", "base", "adapter", "classifier")
+STATES = ("finished", "running", "unfinished", "damaged", "other version")
 EVERY = 1.0  # seconds between two looks at running runs
 
 
 class RunsPanel(Panel):
-    def __init__(self, run: OpenRun):
-        super().__init__(run)
-        self.home, self.watcher, e = run.run.folder.parent, threading.Thread(), run.experiment
-        self.started: dict[str, runs.Started] = {}
-        self.filter = control(widgets.Text, "name holds", "", "240px", placeholder="for example funlora seed0")
-        self.state = control(widgets.Dropdown, "state", "", "180px", options=STATES)
-        self.by = control(widgets.Dropdown, "sorted by", "started", "190px", options=runs.COLUMNS)
-        self.descending = control(widgets.Checkbox, "largest first", True, "130px", indent=False)
-        self.chosen = control(widgets.SelectMultiple, "curves of", (), "460px", options=[], rows=5)
-        self.curve = control(widgets.Dropdown, "of their", ACCURACY, "260px", options=CURVES)
-        self.follow = control(widgets.Checkbox, "follow runs of other processes", False, "240px", indent=False)
-        self.preset = control(widgets.Dropdown, "preset", e.preset, "200px", options=list(PRESETS | {e.preset: e}))
-        self.method = control(widgets.Dropdown, "method", e.method, "240px", options=list(all_methods()))
-        self.seed = control(widgets.BoundedIntText, "seed", 0, "120px", max=10**6)
-        self.settings = control(widgets.Text, "settings", "", "320px", placeholder="key=value key=value")
-        self.start_button = button("Start", self.start, "play", "success")
-        self.stop_button = button("Stop", self.stop, "stop", "warning")
-        self.resume_button = button("Resume", self.resume, "step-forward")
-        self.curves, self.bar, self.note = picture_card(), progress_bar(), widgets.HTML()
-        self._listed = (self.filter, self.state, self.by, self.descending)
-        listed = row(*self._listed, button("Refresh", self.refresh, "refresh"))
-        chosen = row(self.chosen, widgets.VBox([self.curve, self.follow]))
-        settings = row(self.preset, self.method, self.seed, self.settings)
-        acts = row(self.start_button, self.stop_button, self.resume_button, self.bar)
-        self.children = [listed, self.picture, chosen, self.curves, settings, acts, self.note]
-        self.on_change(self.refresh, *self._listed)
-        self.on_change(self.draw_curves, self.chosen, self.curve)
-        self.on_change(self._watch, self.follow)
-        self.refresh()
-        self.chosen.value = [name for name in self.chosen.options if name == run.run.folder.name]
+    title = "which lists, compares and starts runs"
+    words, state, by = held(Unicode), held(Unicode), held(Unicode, "started")
+    descending, seeds, curve = held(Bool, True), held(Bool, False), held(Unicode, CURVES[0])
+    chosen, preset, method, seed, settings = held(List), held(Unicode), held(Unicode), held(Int), held(Unicode)
+    table, compared, acts, progress = (held(Unicode) for _ in range(4))
 
-    def table(self) -> pd.DataFrame:
-        return runs.table(self.home, *(one.value for one in self._listed))
+    def __init__(self, bench):
+        self.watcher, self.started, self.known = threading.Thread(), {}, {}
+        super().__init__(bench)
+        self.on_change(self.refresh, "words", "state", "by", "descending", "seeds", "chosen")
+        self.on_change(self.compare, "chosen", "curve")
+
+    @property
+    def home(self):
+        return self.run.run.folder.parent
+
+    def renew(self) -> None:
+        e, name = self.run.experiment, self.run.run.folder.name
+        with self.quietly():
+            self.preset, self.method = self.preset or e.preset, self.method or e.method
+            self.chosen = self.chosen if name in self.chosen else [*self.chosen, name]
+            listed = (
+                field("words", "name holds", "search", 170, "funlora seed0"),
+                select("state", "state", [("any", ""), *((state, state) for state in STATES)]),
+                select("by", "sorted by", [(column, column) for column in runs.COLUMNS]),
+                check("descending", "largest first"),
+                check("seeds", "mean over seeds"),
+                button("refresh", "Refresh"),
+            )
+            begun = (
+                select("preset", "preset", [(name, name) for name in PRESETS | {e.preset: e}]),
+                select("method", "method", [(name, name) for name in all_methods()]),
+                field("seed", "seed", "number", 80),
+                field("settings", "settings", width=220, hint="key=value key=value"),
+                button("start", "Start a run", "main"),
+            )
+            curves = select("curve", "curves of", [(f"losses: {c}" if c != "accuracy" else c, c) for c in CURVES])
+            self.body = row(*listed) + place("table") + row(curves) + place("compared")
+            self.body += row(*begun) + place("acts") + place("progress") + place("note", "note")
+        self.refresh()
+        self.compare()
+
+    def frame(self) -> pd.DataFrame:
+        return runs.table(self.home, self.words, self.state, self.by, self.descending)
 
     def refresh(self) -> None:
-        shown = self.table().drop(columns=["preset"]).set_index("run")
-        shown["PPC"] = ["–" if pd.isna(number) else f"{number:,}" for number in shown["PPC"]]
-        self.picture.value, names = str(markup.Markup(markup.table(shown))), shown.index.tolist()
-        if names != list(self.chosen.options):
-            new = set(self.started) - set(self.chosen.options)  # a started run shows its curve as soon as it has one
-            kept = [name for name in names if name in self.chosen.value or name in new]
-            with self.quietly():
-                self.chosen.options = names
-                self.chosen.value = kept
-            self.draw_curves()
+        """The table, a row a button that chooses the run, and one button a run to stop or to resume."""
+        if self.seeds:
+            shown = markup.table(runs.over_seeds(self.home).set_index("preset"))
+            self.table = f'<div class="scrolls" style="height:190px">{shown}</div>'
+            return
+        frame = self.frame()
+        heads = [column for column in runs.COLUMNS if column not in ("run", "preset", "method", "seed", "seconds")]
+        lines = []
+        for run in frame.to_dict("records"):
+            name, on = run["run"], run["run"] in self.chosen
+            how = f'data-press="choose" data-value="{escape(name)}" aria-pressed="{str(on).lower()}"'
+            cells = "".join(f"<td>{_shown(run[column])}</td>" for column in heads)
+            first = f'<td><button type="button" {how}>{escape(name)}</button></td>'
+            lines.append(f'<tr class="{"chosen" if on else ""}">{first}{cells}</tr>')
+        head = "<th>run</th>" + "".join(f"<th>{column}</th>" for column in heads)
+        shown = self.run.run.folder.name
+        count = f"{len(frame)} run{'s'[: len(frame) != 1]}, {len(self.chosen)} chosen; the panels show {shown}"
+        table = f"<table><thead><tr>{head}</tr></thead>{''.join(lines)}</table>"
+        look = 'class="scrolls runs" style="height:190px" tabindex="0" role="region" aria-label="runs"'
+        self.table = f"<div {look}>{table}</div>{count}"
+        states = frame.set_index("run")["state"].to_dict()
+        acts = []
+        for name in self.chosen:
+            if states.get(name) == "running" or (name in self.started and self.started[name].going):
+                acts.append(button("stop", f"Stop {name}", "halt", name))
+            elif states.get(name) == "unfinished":
+                acts.append(button("resume", f"Resume {name}", "", name))
+            elif states.get(name) == "finished" and name != shown:
+                acts.append(button("open", f"Show {name} in all panels", "", name))
+        self.acts = row(*acts)
 
-    def draw_curves(self) -> None:
-        stage, averages, losses = self.curve.value, {}, {}
-        for name in self.chosen.value:
+    def press_refresh(self) -> None:
+        self.refresh()
+        self.compare()
+
+    def press_choose(self, name: str) -> None:
+        rest = [one for one in self.chosen if one != name]
+        self.chosen = rest if name in self.chosen else [*rest, name]
+        self.bench.chosen = list(self.chosen)
+
+    def press_open(self, name: str) -> None:
+        self.bench.open(name)
+
+    def compare(self) -> None:
+        """Settings in which the chosen runs differ, and their curves over one another, named by what differs."""
+        averages, losses, names = {}, {}, runs.short_names(self.chosen, self.home)
+        for name in self.chosen:
             with suppress(LabError):  # damaged or of another version: its log has no agreed meaning
                 run = OpenRun(Run.at(self.home / name), self.run.runtime)
-                loss = run.losses(stage).groupby("images")["loss"].mean()
-                if stage == ACCURACY and run.averages:
-                    averages[name] = run.averages
+                loss = run.losses(self.curve).groupby("images")["loss"].mean()
+                if self.curve == "accuracy" and run.averages:
+                    averages[names[name]] = run.averages
                 elif len(loss):
-                    losses[name] = (loss.index, loss)
-        self.curves.layout.display = "" if averages or losses else "none"
-        if averages:
-            self.curves.value = plots.accuracy_per_task(averages).png()
-        elif losses:
-            self.curves.value = plots.training_curves(losses, self.curve.label).png()
+                    losses[names[name]] = (loss.index, loss)
+        drawn = plots.accuracy_per_task(averages) if averages else None
+        drawn = plots.training_curves(losses, f"losses of the {self.curve}") if losses else drawn
+        unlike = runs.differences(self.chosen, self.home) if len(self.chosen) > 1 else pd.DataFrame()
+        unlike = unlike.rename(columns=names)
+        parts = [markup.figure(drawn, f"{self.curve} of {', '.join(names.values())}")] if drawn else []
+        parts += [f"<div><b>Settings that differ</b>{markup.table(unlike)}</div>"] if len(unlike) else []
+        self.compared = row(*parts)
 
-    def start(self) -> None:
-        """Start (or resume) the run of the settings below, in a process of its own."""
-        with errors_shown_in(self.note):
-            chosen = {"method": self.method.value, "seed": self.seed.value}
-            self._begin(configured(self.preset.value, self.settings.value, **chosen))
+    def press_start(self) -> None:
+        """Start (or resume) the run of the settings, in a process of its own."""
+        self._begin(configured(self.preset, self.settings, method=self.method, seed=self.seed))
 
-    def resume(self) -> None:
-        with errors_shown_in(self.note):
-            for name in self._picked():
-                if (run := Run.at(self.home / name)).results():
-                    raise LabError(f"The run {name} is finished: choose an unfinished one.")
-                self._begin(run.experiment)
+    def press_resume(self, name: str) -> None:
+        self._begin(Run.at(self.home / name).experiment)
 
     def _begin(self, experiment: Experiment) -> None:
         started = runs.Started(experiment, self.home, str(self.run.runtime.device))
-        self.started[started.run.folder.name] = started
-        self.note.value = f"{started.run.folder.name}: starting."
-        self._watch()
-
-    def stop(self) -> None:
-        """Ask the chosen running runs to save and leave; when none of them runs, all that were started here."""
-        with errors_shown_in(self.note):
-            going = [name for name, started in self.started.items() if started.going]
-            running = [name for name in self.chosen.value if name in going or in_use(self.home / name)]
-            for name in running or going or self._picked():
-                self.started[name].terminate() if name in going else runs.stop(Run.at(self.home / name))
-                self.note.value = f"{name}: asked to stop."
-
-    def _picked(self) -> list[str]:
-        if not self.chosen.value:
-            raise LabError("No run is chosen: choose one in the list.")
-        return list(self.chosen.value)
-
-    def _watch(self) -> None:
-        """Look at running runs every second, in a thread, until there is none to look at."""
+        name = started.run.folder.name
+        self.started[name], self.known[name] = started, runs.Progress()
+        with self.quietly():
+            self.chosen = [*dict.fromkeys([*self.chosen, name])]
+        self.progress = f"{escape(name)}: starting."
+        self.refresh()
         if not self.watcher.is_alive():
             self.watcher = threading.Thread(target=self._look, daemon=True)
             self.watcher.start()
 
+    def press_stop(self, name: str) -> None:
+        """Ask a running run to save and leave."""
+        here = self.started.get(name)
+        here.terminate() if here and here.going else runs.stop(Run.at(self.home / name))
+        self.progress = f"{escape(name)}: asked to stop."
+
     def _look(self) -> None:
-        ended: set[str] = set()  # runs whose end was shown
+        """Look at the runs that were started here, until none of them goes on."""
+        ended: set[str] = set()
         while True:
             going = {name for name, started in self.started.items() if started.going}
+            lines = []
             for name in self.started.keys() - ended:
-                self.bar.value, sentence = runs.progress(self.started[name].run)
-                self.note.value = f"{name}: {self.started[name].reason() or sentence}"
+                share, sentence = runs.progress(self.started[name].run, self.known[name])
+                said = self.started[name].reason() or sentence
+                bar = f'<progress max="1" value="{share:.3f}" aria-label="share done of {escape(name)}"></progress>'
+                lines.append(f"{bar} {escape(name)}: {escape(said)}")
+            self.progress = "<br>".join(lines) or self.progress
             ended = set(self.started) - going
             self.refresh()
-            self.draw_curves()
-            if not (going or self.follow.value or any(started.going for started in self.started.values())):
+            self.compare()
+            if not going and not any(started.going for started in self.started.values()):
                 return
             time.sleep(EVERY)
+
+
+def _shown(value) -> str:
+    if pd.isna(value):
+        return "–"
+    form = "{:.4f}" if isinstance(value, float) else "{:,}" if isinstance(value, int) else "{}"
+    return escape(form.format(value))

@@ -1,108 +1,154 @@
-"""Panel 2: images from the same noise across tasks, methods and runs, their way from noise, and changed numbers."""
+"""Images from the same noise: a row a class, across tasks and runs, on their way from noise, mixed; the confusion."""
 
-from functools import cache, partial
+from html import escape
 
-import ipywidgets as widgets
+from traitlets import Int, List, Unicode
 
-from funlora_lab.continual import OpenRun, open_folder
 from funlora_lab.errors import LabError
 from funlora_lab.flow import SOLVERS, Solver
-from funlora_lab.workbench import images, markup, runs
-from funlora_lab.workbench.layers import AdaptedLayers
-from funlora_lab.workbench.panel import Job, Panel, button, control, row
+from funlora_lab.workbench import markup
+from funlora_lab.workbench.controls import field, film_controls, picks, place, row, select, slider
+from funlora_lab.workbench.images import FRAMES, SameNoise, tested
+from funlora_lab.workbench.panel import Drawer, Panel, held
 
-VIEWS = ("one row a class", "the same noise after every task", "the same noise in several runs", "from noise to image")
-FACTORS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+CLASSES, TASKS, RUNS, PATH, MIXED = VIEWS = (
+    "one row a class",
+    "the same noise after every task",
+    "the same noise in the runs that are chosen",
+    "from noise to image",
+    "the first two classes mixed",
+)
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 class SamplesPanel(Panel):
-    def __init__(self, run: OpenRun):
-        super().__init__(run)
-        e, self.home, self.job = run.experiment, run.run.folder.parent, Job(run.runtime.device)
-        self.every = [(name, cls) for cls, name in run.known.items()] or [("–", 0)]
-        _, first = self.every[0]
-        self.classes = control(widgets.SelectMultiple, "classes", (first,), "170px", options=self.every, rows=6)
-        self.view = control(widgets.Dropdown, "show", VIEWS[0], "320px", options=VIEWS)
-        self.count = control(widgets.IntSlider, "images", 8, min=1, max=16)
-        self.solver = control(widgets.Dropdown, "solver", e.solver, "180px", options=list(SOLVERS))
-        self.steps = control(widgets.IntSlider, "steps", e.steps, min=1, max=max(20, e.steps))
-        self.seed = control(widgets.BoundedIntText, "seed of the noise", e.seed, "200px", max=10**6)
-        self.runs = control(widgets.SelectMultiple, "runs", (), "460px", options=[], rows=4)
-        self.film = widgets.Image(format="gif", layout=widgets.Layout(display="none", width="auto"))
-        self.draw_button = button("Draw", lambda: self.job.begin(self._draw), "picture-o", "primary")
-        self.refresh_button = button("Look for runs", self.look_for_runs, "refresh")
-        self.open = cache(lambda name: open_folder(self.home / name, str(run.runtime.device)))
-        self.look_for_runs()
-        how = row(self.classes, widgets.VBox([self.view, self.solver, self.steps, self.count, self.seed]))
-        runs, drawing = row(self.runs, self.refresh_button), row(self.draw_button, self.job)
-        self.children = [how, runs, drawing, self.picture, self.film, *self._changing()]
+    """What is chosen draws itself; while it does, the panel says that the pictures are still the old ones."""
 
-    def _changing(self) -> list[widgets.Widget]:
-        """Controls that change a class's numbers; a sentence for a run without adapted layers or classes of its own."""
-        self.scaled, self.mixed, new = widgets.HTML(), widgets.HTML(), list(self.run.generator.rows)
-        try:
-            adapted = AdaptedLayers(self.run)
-        except LabError as reason:
-            return [widgets.HTML(f"<i>{reason}</i>")]
-        numbers = sorted(adapted.numbers(new[0], min(adapted.names)), key=lambda name: name[-1] in "AB")
-        layers, own = list(adapted.names), [(name, cls) for name, cls in self.every if cls in new]
-        which = [("all of them", -1)] + [(f"number {i + 1}", i) for i in range(self.run.experiment.functions)]
-        slow = {"continuous_update": False, "step": 0.05}
-        self.of_class = control(widgets.Dropdown, "class", new[0], "140px", options=own)
-        self.layer = control(widgets.SelectionSlider, "layer", layers[0], options=layers, continuous_update=False)
-        self.number = control(widgets.Dropdown, "what", numbers[0], "180px", options=numbers)
-        self.which = control(widgets.Dropdown, "which", -1, "180px", options=which)
-        self.factor = control(widgets.FloatSlider, "times", 1.0, "320px", min=-1.0, max=3.0, **slow)
-        self.scale_sweep_button = button("Sweep", lambda: self.scale(*FACTORS), "bars")
-        self.first = control(widgets.Dropdown, "class", new[0], "140px", options=self.every)
-        self.second = control(widgets.Dropdown, "and class", new[-1], "160px", options=self.every)
-        self.share = control(widgets.FloatSlider, "share of the second", 0.5, "340px", max=1.0, **slow)
-        self.mix_sweep_button = button("Sweep", lambda: self.mix(*SHARES), "bars")
-        scaling, mixing = (self.of_class, self.layer, self.number, self.which), (self.first, self.second)
-        self.on_change(lambda: self.scale(self.factor.value), *scaling, self.factor)
-        self.on_change(lambda: self.mix(self.share.value), *mixing, self.share)
-        bend = widgets.HTML("<b>Bend a layer</b>: multiply what a class learned and watch it drift")
-        mix = widgets.HTML("<b>Mix two classes</b>: a weighted mean of their numbers")
-        scaling = row(*scaling, self.factor, self.scale_sweep_button)
-        return [bend, scaling, self.scaled, mix, row(*mixing, self.share, self.mix_sweep_button), self.mixed]
+    title = "which draws classes from the same noise"
+    picked, view, count = held(List), held(Unicode, VIEWS[0]), held(Int, 8)
+    solver, steps, seed = held(Unicode), held(Int), held(Int)
+    how, pictures = held(Unicode), held(Unicode)
 
-    def look_for_runs(self) -> None:
-        """List the finished runs that may be drawn side by side, the opened one chosen."""
-        names = runs.table(self.home, state="finished")["run"].tolist()
-        kept = [name for name in self.runs.value if name in names]
-        self.runs.options = names
-        self.runs.value = kept or [name for name in names if name == self.run.run.folder.name]
+    def __init__(self, bench):
+        self.drawer = Drawer(self.draw)
+        super().__init__(bench)
+        self.on_change(self._form, "view", "solver")
+        self.on_change(self.redraw, "picked", "view", "count", "solver", "steps", "seed")
+
+    def renew(self) -> None:
+        e, classes = self.run.experiment, self.classes
+        with self.quietly():
+            if not self.solver:
+                self.solver, self.steps, self.seed = e.solver, e.steps, e.seed
+            known = [cls for _, cls in classes]
+            self.picked = [cls for cls in self.picked if cls in known] or known[:1]
+            choice = picks("picked", "classes", classes)
+            self.body = row(select("view", "show", [(view, view) for view in VIEWS]), choice) + "".join(
+                place(name) for name in ("how", "note", "pictures")
+            )
+            self._form()
+        self.redraw()
+
+    def _form(self) -> None:
+        """Only the controls that mean something to what is shown."""
+        steps = [] if Solver(self.solver).adaptive else [slider("steps", "steps", 1, max(20, self.steps))]
+        parts = [select("solver", "solver", [(name, name) for name in SOLVERS]), *steps]
+        parts += [slider("count", "images", 1, 16), field("seed", "seed of the noise", "number", 90)]
+        self.how = row(*parts, *([film_controls(FRAMES)] if self.view == PATH else []))
 
     @property
-    def drawer(self) -> images.SameNoise:
-        solver = Solver(self.solver.value, self.steps.value, self.run.experiment.tolerance)
-        return images.SameNoise(self.run, self.count.value, solver, self.seed.value)
+    def noise(self) -> SameNoise:
+        solver = Solver(self.solver, self.steps, self.run.experiment.tolerance)
+        return SameNoise(self.run, self.count, solver, self.seed)
+
+    def redraw(self) -> None:
+        if not self.pictures:  # the first time, which a page waits for
+            self.draw()
+            return
+        self.note = "These are still the pictures before; drawing."
+        self.drawer.wake()
+
+    def draw(self) -> None:
+        view, noise, drawn = self.view, self.noise, []
+        try:
+            if not self.run.generator.draws:
+                raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
+            if not self.picked:
+                raise LabError("No class is chosen: choose one or more.")
+            if view == MIXED:
+                if len(self.picked) < 2:
+                    raise LabError("One class is chosen: choose two to mix.")
+                drawn.append(noise.mixed(*self.picked[:2], SHARES).html)
+            runs = self.bench.opened() if view == RUNS else []
+            draws = {CLASSES: noise.sheet, TASKS: noise.compare_tasks, RUNS: lambda c: noise.compare_runs(runs, c)}
+            draws[PATH] = lambda classes: noise.film(*classes)
+            for cls in self.picked if view != MIXED else ():
+                if self.drawer.moved.is_set():
+                    return
+                drawn.append(draws[view]([cls]).html)
+            self.pictures, self.note = "".join(drawn), ""
+        except LabError as reason:
+            self.pictures, self.note = markup.problem(reason), ""
+
+
+class ConfusionPanel(Panel):
+    """Which real test images the last classifier confuses; a cell opens its images."""
+
+    title = "which shows the test images that are confused"
+    cell, table, opened = held(List), held(Unicode), held(Unicode)
+    MOST = 20  # classes that are shown as a matrix
+
+    def __init__(self, bench):
+        super().__init__(bench)
+        self.on_change(self._open, "cell")
+
+    def renew(self) -> None:
+        self.body = row(place("table"), place("opened")) + place("note")
+        try:
+            self.answers, self.true = tested(self.run)
+        except LabError as reason:
+            self.body = markup.problem(reason)
+            return
+        counts, order = self.run.results["confusion"], self.run.context.classes
+        wrong = sorted(((counts[i][j], i, j) for i in order for j in order if i != j and counts[i][j]), reverse=True)
+        self.wrong = wrong or [(counts[order[0]][order[0]], order[0], order[0])]
+        with self.quietly():
+            if not self.cell or max(self.cell) >= len(self.run.classes):
+                self.cell = list(self.wrong[0][1:])
+        self._open()
+
+    def _button(self, count: int, true: int, answer: int, words: str) -> str:
+        names = self.run.classes
+        about = f"{count} images of class {names[true]} taken for {names[answer]}"
+        chosen = str(self.cell == [true, answer]).lower()
+        attributes = f'data-set="cell=[{true},{answer}]" aria-label="{escape(about)}" aria-pressed="{chosen}"'
+        return f'<button type="button" {attributes}>{escape(words)}</button>'
 
     def _draw(self) -> None:
-        classes, drawer, view, drawn = self.classes.value, self.drawer, self.view.value, ""
-        if not classes:
-            raise LabError("No class is chosen: choose one or more in the list.")
-        if view == VIEWS[2] and not self.runs.value:
-            raise LabError("No run is chosen: choose one or more in the list.")
-        self.film.layout.display = "none"
-        if view == VIEWS[3]:
-            self.picture.value = str(images.path_sheet(drawer.path(classes[0])))
-            self.job.runtime.check()
-            self.job.say(0.5, "Making the animation.")
-            self.film.value, self.film.layout.display = images.animation(drawer.path(classes[0], 25)), ""
+        names, counts, order = self.run.classes, self.run.results["confusion"], self.run.context.classes
+        if len(order) > self.MOST:
+            pairs = (self._button(n, i, j, f"{names[i]} → {names[j]}: {n}") for n, i, j in self.wrong[:40])
+            self.table = f'<div class="scrolls" style="max-height:260px">{"<br>".join(pairs)}</div>'
             return
-        chosen = [self.open(name) for name in self.runs.value] if view == VIEWS[2] else []
-        draw = (drawer.sheet, drawer.compare_tasks, partial(drawer.compare_runs, chosen))[VIEWS.index(view)]
-        for i, cls in enumerate(classes):
-            self.job.runtime.check()
-            self.job.say(i / len(classes), f"Drawing class {self.run.known.get(cls)}.")
-            drawn += draw([cls]).html
-            self.picture.value = str(markup.Markup(drawn))
+        head = "".join(f"<th>{escape(names[j])}</th>" for j in order)
+        lines = [
+            f"<tr><th>{escape(names[i])}</th>"
+            + "".join(f"<td>{self._button(n, i, j, str(n)) if (n := counts[i][j]) else '·'}</td>" for j in order)
+            for i in order
+        ]
+        title = "<caption>true class (rows), answer (columns)</caption>"
+        self.table = f"<table>{title}<thead><tr><th></th>{head}</tr></thead>{''.join(lines)}</table>"
 
-    def scale(self, *factors: float) -> None:
-        *what, which = (one.value for one in (self.of_class, self.layer, self.number, self.which))
-        self.show(lambda: self.drawer.scaled(*what, None if which < 0 else which, factors), self.scaled)
-
-    def mix(self, *shares: float) -> None:
-        self.show(lambda: self.drawer.mixed(self.first.value, self.second.value, shares), self.mixed)
+    def _open(self) -> None:
+        true, answer = self.cell
+        names, test = self.run.classes, self.run.context.dataset.test.of(self.run.context.classes)
+        found = test.pixels[(self.true == true) & (self.answers == answer)]
+        title = f"{len(found)} test images of class {names[true]}, taken for {names[answer]}"
+        words = [f"test image {i} of class {names[true]}, taken for {names[answer]}" for i in range(1, len(found) + 1)]
+        parts = [f"<b>{escape(title)}</b>{markup.grid(found[:24], words[:24], [true != answer] * len(words[:24]))}"]
+        noise = SameNoise(self.run, 16, Solver(self.run.experiment.solver, self.run.experiment.steps))
+        for cls in dict.fromkeys(cls for cls in self.cell if cls in self.run.known):
+            drawn = self.run.samples(cls, 16)
+            parts.append(f"<b>Samples of class {escape(names[cls])}</b>{noise.grid(drawn, cls)}")
+        self.opened = "".join(parts)
+        self._draw()
