@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
@@ -12,12 +13,11 @@ import types
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 import funlora_lab
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.experiment import Experiment, override, place, shown
 from funlora_lab.presets import PRESETS, preset
+from funlora_lab.workbench.progress import Progress
 
 
 def execute(*files: str | Path) -> types.ModuleType | None:
@@ -47,55 +47,6 @@ def tell(sentence: str) -> None:
     print(f"funlora: {sentence}", file=sys.stderr, flush=True)
 
 
-class Progress:
-    """Shows the events of a run on a terminal: one bar for the stage at work, one line a task."""
-
-    def __init__(self, stream=None):
-        self.stream, self.bar, self.stage = stream or sys.stderr, None, ""
-
-    def close(self, line: str = "") -> None:
-        """Take the bar away and print a line, if any."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar, self.stage = None, ""
-        if line:
-            print(line, file=self.stream, flush=True)
-
-    def __call__(self, event: dict) -> None:
-        """Show one event; those read back from disk move no bar."""
-        match event["event"]:
-            case "run":
-                tasks = " | ".join(" ".join(event["classes"][c] for c in task) for task in event["tasks"])
-                self.close(f"{event['preset']}, {event['method']}, seed {event['seed']}; tasks: {tasks}")
-            case "loss" if "replayed" not in event:
-                stage, note = event["stage"], f"loss {event['loss']:.4f}"
-                if "class" in event:  # classes side by side report in turn: one bar serves them all
-                    stage, note = "adapters", f"class {event['class']}, {note}"
-                elif "classes" in event:
-                    stage = f"classifier of {event['classes']} classes"
-                self._advance(stage, event["step"], event["steps"], event["seconds"], note)
-            case "samples" if "replayed" not in event:
-                self._advance(f"samples of class {event['class']}", event["drawn"], event["of"], event["seconds"])
-            case "quality":
-                self._advance(f"quality of {event['group']}", event["done"], event["of"], event["seconds"])
-            case "accuracy":
-                each = " ".join(f"{value:.3f}" for value in event["per_task"])
-                self.close(f"task {event['task']}/{event['of']}: accuracy {event['average']:.4f} (by task: {each})")
-
-    def _advance(self, stage: str, done: int, total: int, seconds: float, note: str = "") -> None:
-        """Move the bar of a stage that took ``seconds`` for what is ``done``: by these its speed is shown."""
-        begun = time.time() - seconds
-        if stage != self.stage or done < self.bar.n:
-            self.close()
-            # smoothing 0: the speed is that since the beginning; delay: nothing is drawn before the first report
-            look = {"leave": False, "dynamic_ncols": True, "smoothing": 0, "miniters": 1, "delay": 1e-3}
-            self.stage, self.bar = stage, tqdm(total=total, desc=stage, file=self.stream, **look)
-            self.bar.last_print_t = begun
-        self.bar.start_t = begun
-        self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update(done - self.bar.n)
-
-
 class Stop:
     """Asked after every step: the sentence that says why to stop (SIGTERM, Ctrl-C, minutes being over), else None."""
 
@@ -117,17 +68,14 @@ class Stop:
 
 def run(arguments) -> None:
     stop, experiment = Stop(arguments.minutes), experiment_of(arguments)
-    from funlora_lab import continual, store, training
-    from funlora_lab.studies import keep
+    from funlora_lab import store
 
-    record, device = store.Run.of(experiment), training.own_device(training.pick_device(arguments.device))
+    record = store.Run.of(experiment)
     try:
         with contextlib.closing(Progress()) as progress:
-            runtime = training.Runtime(device, stop, report=progress, tell=tell)
-            if not _base_together(record, runtime, arguments.repair):
+            result = _stored(record, arguments, progress) or _made(record, arguments, progress, stop)
+            if result is None:
                 return
-            result = continual.run(experiment, runtime=runtime)
-            pictures = keep.stored_pictures(record.folder) or keep.save_pictures(continual.OpenRun(record, runtime))
     except Stopped as reason:
         if not stop.late:
             raise
@@ -138,8 +86,33 @@ def run(arguments) -> None:
         keys = "preset method seed LA AIA PPC recognition flow_loss seconds run".split()
         return print(json.dumps({key: result[key] for key in keys} | {"finished": True}))
     print(closing_table(result))
-    print(f"\nPictures: {', '.join(path.name for path in pictures)} in {record.folder}")
+    print(f"\nPictures: {', '.join(path.name for path in record.pictures)} in {record.folder}")
     print(f"This call took {time.monotonic() - stop.begun:.1f} s.")
+
+
+def _stored(record, arguments, progress: Progress) -> dict | None:
+    """The results of a run that is finished, pictures and all, shown without importing PyTorch; else None."""
+    e, together = record.experiment, "LOCAL_RANK" in os.environ  # one of several processes, which wait for one another
+    changing = e.data == "folder" or e.pretrain_root or e.base_weights  # compared with what the run was made of
+    if arguments.repair or changing or arguments.files or together:
+        return None
+    record.check()
+    return record.replay(progress) if record.results() and record.pictures else None
+
+
+def _made(record, arguments, progress: Progress, stop: Stop) -> dict | None:
+    """The results of a run, what is missing of it made now; None in all processes of torchrun but the first."""
+    from funlora_lab import continual, training
+    from funlora_lab.studies import keep
+
+    device = training.own_device(training.pick_device(arguments.device))
+    runtime = training.Runtime(device, stop, report=progress, tell=tell)
+    if not _base_together(record, runtime, arguments.repair):
+        return None
+    result = continual.run(record.experiment, runtime=runtime)
+    if not record.pictures:
+        keep.save_pictures(continual.OpenRun(record, runtime))
+    return result
 
 
 def _base_together(record, runtime, repair: bool) -> bool:

@@ -10,7 +10,6 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from funlora_lab.errors import LabError
 from funlora_lab.seeds import stream
@@ -67,6 +66,8 @@ class Solver:
         By default the noise and every step of the grid (11 states of an adaptive solver); states between two steps are
         interpolated, but dopri5-each starts anew at each. ``correct(t, x, v)`` replaces v at every evaluation.
         """
+        from torchdiffeq import odeint
+
         evaluations, frames = 0, frames or (11 if self.adaptive else self.steps + 1)
 
         def counted(t: Tensor, x: Tensor) -> Tensor:

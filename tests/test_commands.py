@@ -14,9 +14,10 @@ import pytest
 from funlora_lab import commands, preset
 from funlora_lab.__main__ import main
 from funlora_lab.adapters import METHODS
-from funlora_lab.commands import Progress, closing_table
+from funlora_lab.commands import closing_table
 from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.store import Run
+from funlora_lab.workbench.progress import Progress
 
 MINE = """
 import torch

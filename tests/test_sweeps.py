@@ -14,7 +14,7 @@ from funlora_lab import LabError, open_run, preset
 from funlora_lab.__main__ import main
 from funlora_lab.adapters import METHODS
 from funlora_lab.experiment import Experiment
-from funlora_lab.store import Run, read_json
+from funlora_lab.store import UNFINISHED, Run, read_json
 from funlora_lab.studies import cost, keep, plots, pretraining, published, sweeps, tables
 from funlora_lab.systems import SYSTEMS
 
@@ -172,11 +172,11 @@ def test_what_is_scored_changes_no_image_and_every_run_has_its_pictures(swept, s
 
 def test_pictures_that_were_broken_off_do_not_count(swept):
     run = open_run(swept[1][0].experiment, "cpu", home=swept[0])
-    assert keep.stored_pictures(run.run.folder) == []
+    assert run.run.pictures == []
     paths = keep.save_pictures(run)
-    assert keep.stored_pictures(run.run.folder) == sorted(paths)
-    (run.run.folder / keep.UNFINISHED).touch()
-    assert keep.stored_pictures(run.run.folder) == []
+    assert run.run.pictures == sorted(paths)
+    (run.run.folder / UNFINISHED).touch()
+    assert run.run.pictures == []
 
 
 def test_an_error_in_one_process_ends_the_sweep_in_a_sentence(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from funlora_lab.data import Images, to_floats
 from funlora_lab.experiment import Experiment
@@ -22,6 +21,8 @@ def build(experiment: Experiment, classes: int, *key: str | int) -> nn.Module:
     """A fresh classifier with ``classes`` outputs; its first weights depend on the seed and ``key`` alone."""
     with seeded(experiment.seed, "classifier weights", *key):
         if experiment.classifier.kind == "resnet18":
+            from torchvision.models import resnet18
+
             net = resnet18(num_classes=classes)
             net.conv1 = nn.Conv2d(experiment.channels, 64, 3, padding=1, bias=False)  # small images: no early shrinking
             net.maxpool = nn.Identity()

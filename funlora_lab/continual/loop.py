@@ -77,7 +77,7 @@ def run(
     record.check()
     if stored := record.results():
         _check_unchanged(experiment, stored["provenance"], home, runtime)
-        return _replay(record, report)
+        return record.replay(report)
 
     def log_and_report(event: Event) -> None:
         record.log({key: value for key, value in event.items() if key != "replayed"})
@@ -94,7 +94,7 @@ def run(
             record.finish(results)
             report(record.results())
             return record.results()
-    return _replay(record, report)
+    return record.replay(report)
 
 
 def learn_base(experiment: Experiment, runtime: Runtime, home: Path | None = None) -> None:
@@ -119,12 +119,6 @@ def _check_unchanged(experiment: Experiment, made: dict, home: Path | None, runt
     if (file := experiment.base_weights) and "base_weights" in made and Path(file).exists():
         if fingerprint(read_checkpoint(file))[:16] != made["base_weights"]:
             raise LabError(f"base_weights={file}: the weights there have changed since this run was made with them.")
-
-
-def _replay(record: Run, report: Report) -> dict:
-    for event in record.events():
-        report({**event, "replayed": True})
-    return record.results()
 
 
 def _run(context: Context, generator: Generator) -> dict:

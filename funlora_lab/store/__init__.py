@@ -7,4 +7,4 @@ from funlora_lab.store.files import (
     read_json, read_lines, read_tensors, safe_name, update_json, write_atomically, write_json, write_tensors,
 )
 from funlora_lab.store.artefacts import FORMAT, Artefact, Store, checkout, home, key_of
-from funlora_lab.store.runs import Run, listing
+from funlora_lab.store.runs import UNFINISHED, Run, listing

@@ -9,17 +9,21 @@ that it depends on, so runs share it and nothing is ever mistaken for something 
                                      result.safetensors   the result; its presence means finished
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from funlora_lab.errors import Damaged
 from funlora_lab.experiment import place
 from funlora_lab.store import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 2  # of artefacts and runs; raised when those of earlier versions must not be reused
 

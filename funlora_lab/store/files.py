@@ -2,7 +2,11 @@
 
 Every tensor file is a safetensors file with a checksum over its tensors and facts in its own header; everything else
 is JSON. Nothing is ever unpickled, so reading a file can give wrong numbers (then it is refused) but cannot run code.
+
+PyTorch is imported where a tensor is read or written, so that a stored result is shown without it.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -14,14 +18,14 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from funlora_lab.errors import Damaged, LabError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def canonical(value) -> str:
@@ -36,6 +40,8 @@ def safe_name(text: str) -> str:
 
 def fingerprint(tensors: dict[str, Tensor], extra: dict[str, str] | None = None) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, and over accompanying words."""
+    import torch
+
     digest = hashlib.sha256(canonical(extra or {}).encode())
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -153,6 +159,8 @@ def read_lines(path: Path) -> list[dict]:
 
 def packed(tensors: dict[str, Tensor], facts: dict | None = None) -> bytes:
     """Tensors and JSON-able facts as the content of one safetensors file, with a checksum over both."""
+    import safetensors.torch
+
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {name: canonical(value) for name, value in (facts or {}).items()}
     metadata["sha256"] = fingerprint(tensors, metadata)
@@ -165,6 +173,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict | None = N
 
 def parse_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of any safetensors file, its checksum unchecked; raises Damaged when it is not one."""
+    import safetensors
+
     try:
         with asking("read", path), safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}

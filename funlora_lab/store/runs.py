@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from funlora_lab.experiment import FLAT, REGISTERED_TEXTS, Experiment, place
 from funlora_lab.store import files
 from funlora_lab.store.artefacts import FORMAT, Store, home, key_of
 
+UNFINISHED = ".pictures"  # lies in a run's folder while its pictures are drawn
 ANEW = "the same `funlora run` command makes it anew."
 
 
@@ -78,6 +80,17 @@ class Run:
     def provenance(self) -> dict:
         """Where, with what and from which images the run was made, as its configuration says; {} before it is begun."""
         return _config(self.config_file)["provenance"] if self.config_file.exists() else {}
+
+    def replay(self, report: Callable[[dict], None]) -> dict:
+        """Report the events of a finished run again, marked as replayed -> its results."""
+        for event in self.events():
+            report({**event, "replayed": True})
+        return self.results()
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures in the folder; none when their drawing was broken off."""
+        return [] if (self.folder / UNFINISHED).exists() else sorted(self.folder.glob("*.png"))
 
     def events(self) -> list[dict]:
         """The log, with the folder as it is called now."""

@@ -13,10 +13,8 @@ from funlora_lab.data import data_root
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment, place
 from funlora_lab.presets import PRESETS
-from funlora_lab.store import checkout, key_of, make_folder, update_json, write_atomically
+from funlora_lab.store import UNFINISHED, checkout, key_of, make_folder, update_json, write_atomically
 from funlora_lab.studies import plots, sweeps
-
-UNFINISHED = ".pictures"  # lies in a run's folder while its pictures are drawn
 
 
 def folder_name(experiment: Experiment) -> str:
@@ -105,11 +103,6 @@ def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
     return drawn
 
 
-def stored_pictures(path: Path) -> list[Path]:
-    """The pictures in a run's folder; none when their drawing was broken off."""
-    return [] if (path / UNFINISHED).exists() else sorted(path.glob("*.png"))
-
-
 def save_pictures(run: OpenRun) -> list[Path]:
     """Save every picture of a run as PNG in its folder; returns their paths."""
     path = run.run.folder
@@ -117,4 +110,4 @@ def save_pictures(run: OpenRun) -> list[Path]:
     for name, drawn in pictures(run).items():
         write_atomically(path / f"{name}.png", drawn.png())
     (path / UNFINISHED).unlink(missing_ok=True)
-    return stored_pictures(path)
+    return run.run.pictures

@@ -6,11 +6,12 @@ Nothing is trained or loaded: networks on PyTorch's meta device have shapes and 
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import pandas as pd
 import torch
 
-from funlora_lab.adapters import LABEL, METHODS, Adapters
+from funlora_lab.adapters import LABEL, METHODS, Adapters, Method, Row
 from funlora_lab.continual import class_files
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import preset
@@ -47,14 +48,25 @@ def printed() -> Iterator[tuple[str, str, str, str, str, dict | None]]:
             yield "supplement", f"COCO, {row}", name, "PPC", number, {} if row == "FunLoRA" else None
 
 
+def adapted(experiment: Experiment) -> tuple[Adapters, Row]:
+    """The adapters of an experiment and the row that leaves its network as it is, made once."""
+    return _adapted(experiment, METHODS[experiment.method])
+
+
+@cache
+def _adapted(experiment: Experiment, method: Method) -> tuple[Adapters, Row]:
+    adapters = Adapters(meta_unet(experiment), experiment)
+    return adapters, adapters.neutral()
+
+
 def parameters_per_class(experiment: Experiment) -> int:
-    return Adapters(meta_unet(experiment), experiment).parameters_per_class
+    return adapted(experiment)[0].parameters_per_class
 
 
 def total_parameters(experiment: Experiment, more: int = 0) -> int:
     """After the last task and ``more`` classes: base, an embedding a class, a row a new class, task 1's shared row."""
     net, classes, first = meta_unet(experiment), CLASSES[experiment.data] + more, int(experiment.split.split("-")[0])
-    row = sum(value.numel() for value in Adapters(net, experiment).neutral().values())
+    row = sum(value.numel() for value in adapted(experiment)[1].values())
     return _base(net) + net.embedding * classes + (classes - first + 1) * row
 
 
@@ -76,9 +88,9 @@ def _count(measure: str, e: Experiment) -> float:
 
 def class_file_bytes(experiment: Experiment) -> int:
     """Bytes of one class as `funlora export` writes it."""
-    adapters = Adapters(meta_unet(experiment), experiment)
+    adapters, row = adapted(experiment)
     label = {LABEL: torch.zeros(adapters.net.embedding)} if adapters.learns_label else {}
-    return len(class_files.content(adapters, adapters.neutral() | label, "0" * 64, 0, "class"))
+    return len(class_files.content(adapters, row | label, "0" * 64, 0, "class"))
 
 
 def verdict(number: str, ours: float | None, measure: str = "PPC", fitted: bool = False) -> str:
@@ -113,7 +125,7 @@ def of_preset(name: str) -> pd.DataFrame:
     for method, made in METHODS.items():
         e = preset(name).but(method=method)
         sizes = parameters_per_class(e), total_parameters(e), class_file_bytes(e)
-        lines.append((method, len(Adapters(meta_unet(e), e).layers), *sizes, made.about))
+        lines.append((method, len(adapted(e)[0].layers), *sizes, made.about))
     return pd.DataFrame(lines, columns=["method", "layers", "PPC", "total", "class_file_bytes", "adapts"])
 
 

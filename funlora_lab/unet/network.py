@@ -99,7 +99,8 @@ class UNet(nn.Module):
         self.base_channels = base_channels
         self.embedding = E = 4 * base_channels
         self.time_embed = nn.Sequential(nn.Linear(base_channels, E), nn.SiLU(), nn.Linear(E, E))
-        self.label_emb = nn.Embedding(classes, E)
+        labels = torch.empty(classes, E)  # begins as in nn.Embedding, but on the meta device that imports torch.compile
+        self.label_emb = nn.Embedding.from_pretrained(labels if labels.is_meta else labels.normal_(), freeze=False)
 
         def residual(inputs: int, outputs: int, attends: bool) -> list[nn.Module]:
             block = ResBlock(inputs, outputs, E, dropout, norm_groups)
