@@ -125,7 +125,7 @@ def test_a_bar_serves_classes_side_by_side_and_begins_anew_with_the_next():
     events = [{**loss, "class": cls, "step": step, "loss": 1.0} for step in (10, 20) for cls in (6, 7)]
     shown = shown_by(*events, {**loss, "class": 8, "step": 10, "loss": 2.0})
     assert shown.count("adapters:") == 2, "drawn more often than anybody can see"
-    assert "10/40 [00:05<00:15,  2.00it/s, class 8, loss 2.0000" in shown
+    assert re.search(r"10/40 \[00:05<00:1[56],  (2\.00|1\.9\d)it/s, class 8, loss 2\.0000", shown)
     accuracy = {"event": "accuracy", "task": 2, "of": 3, "average": 0.5, "per_task": [0.25, 0.75]}
     assert shown_by(accuracy) == "task 2/3: accuracy 0.5000 (by task: 0.250 0.750)\n"
 
