@@ -19,7 +19,7 @@ ORDER = (  # from the top floor down: a room imports from rooms below it, and fr
     ("continual",),
     ("systems",),
     ("training", "data", "adapters"),
-    ("store", "unet", "flow"),
+    ("store", "unet", "flow", "diffusion"),
     ("presets",),
     ("experiment",),
     ("seeds", "errors"),

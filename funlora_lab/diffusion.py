@@ -1,0 +1,165 @@
+"""Diffusion by noise prediction (Ho et al. 2020): schedules, the loss, and the samplers of the prior systems.
+
+Letters: B images, C channels, H x W pixels. Time is a whole number t = 0, ..., T - 1, the last the noisiest, and goes
+to the network as it is. abar_t is the share of variance that the image x keeps at t, and e the noise in
+x_t = sqrt(abar_t) x + sqrt(1 - abar_t) e.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from funlora_lab.errors import LabError
+from funlora_lab.seeds import stream
+
+Noise = Callable[[Tensor, Tensor], Tensor]  # the network, e(t, x_t): t (B,) or (), x_t (B, C, H, W) -> (B, C, H, W)
+
+SCHEDULES = {
+    "linear": "beta from 0.001 to 0.02, as GUIDE and JDCL run it",
+    "ho": "beta from 0.0001 to 0.02 (Ho et al. 2020)",
+    "cosine": "abar a squared cosine of time (Nichol & Dhariwal 2021)",
+    "stable": "sqrt(beta) linear from 0.00085 to 0.012 (Stable Diffusion)",
+}
+SAMPLERS = {"ddim": "deterministic (Song et al. 2021)", "ddpm": "ancestral, with the larger variance (Ho et al. 2020)"}
+
+
+def betas(kind: str, T: int) -> Tensor:
+    """The noise added at every step (T,), float64; those given for 1000 steps are scaled to T, none exceeds 0.999."""
+    if kind not in SCHEDULES:
+        raise LabError(f"noise_schedule={kind}: accepted is one of {', '.join(SCHEDULES)}.")
+    if kind == "cosine":
+        angle = (torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
+        kept = angle.cos().square()
+        return (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
+    first, last, power = {"linear": (1e-3, 2e-2, 1), "ho": (1e-4, 2e-2, 1), "stable": (8.5e-4, 1.2e-2, 2)}[kind]
+    ends = [(value * 1000 / T) ** (1 / power) for value in (first, last)]
+    return (torch.linspace(*ends, T, dtype=torch.float64) ** power).clamp(max=0.999)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much noise there is at each time."""
+
+    kind: str = "linear"
+    T: int = 1000
+
+    @cached_property
+    def abar(self) -> Tensor:
+        """(T,), float64."""
+        return (1 - betas(self.kind, self.T)).cumprod(0)
+
+    @property
+    def identity(self) -> dict:
+        return {"schedule": self.kind, "T": self.T}
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of images x at whole times t (B,)."""
+        abar = self.abar.to(t.device)[t].to(x.dtype)[:, None, None, None]
+        return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+
+def noise_loss(network: Noise, schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Ho et al.'s simple loss of every image, (B,): mean over pixels of (e(t, x_t) - noise)^2 at whole times t (B,)."""
+    return (network(t.float(), schedule.noised(x, noise, t)).float() - noise).square().mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The gradient by x_t of a score of images, (B, C, H, W) -> (B,) and scaled, that the sampler follows."""
+
+    score: Callable[[Tensor], Tensor]
+    predicted: bool  # of the predicted image, through the network (GUIDE), or of x_t itself (Dhariwal & Nichol, DDGR)
+
+    def __call__(self, network: Noise, t: Tensor, x: Tensor, image: Callable) -> tuple[Tensor, Tensor]:
+        """(predicted noise, gradient) at x_t; ``image(x_t, noise)`` predicts the image."""
+        with torch.set_grad_enabled(self.predicted):
+            x = x.detach().requires_grad_()
+            noise = network(t, x).float()
+        with torch.enable_grad():
+            score = self.score(image(x, noise) if self.predicted else x).sum()
+        return noise.detach(), torch.autograd.grad(score, x)[0]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Noise to images in ``steps`` of the schedule's times, with the interface of ``flow.Solver``."""
+
+    schedule: Schedule = Schedule()
+    name: str = "ddim"
+    steps: int = 50
+    clip: bool = True  # predicted images into [-1, 1]
+    guide: Guidance | None = None
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise LabError(f"denoiser={self.name}: accepted is one of {', '.join(SAMPLERS)}.")
+        if not 1 <= self.steps <= self.schedule.T:
+            accepted = f"a whole number from 1 to diffusion_steps={self.schedule.T}"
+            raise LabError(f"denoising_steps={self.steps}: accepted is {accepted}.")
+
+    @property
+    def identity(self) -> dict:
+        """The settings that an image depends on, but for guidance."""
+        return {"sampler": self.name, "steps": self.steps, "clip": self.clip} | self.schedule.identity
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network an image; a backward pass through it counts as two."""
+        return self.steps * (3 if self.guide and self.guide.predicted else 1)
+
+    @property
+    def times(self) -> list[int]:
+        """The times visited, noisiest first: DDIM in strides from 0 up, DDPM evenly from T - 1 down to 0."""
+        T, steps = self.schedule.T, range(self.steps)
+        if self.name == "ddim":
+            return [i * T // self.steps for i in reversed(steps)]
+        return [T - 1 - round(i * (T - 1) / max(self.steps - 1, 1)) for i in steps]
+
+    def states(self, network: Noise, x: Tensor) -> Iterator[Tensor]:
+        """x (B, C, H, W) after every step, from noise. What DDPM adds depends on the noise it starts from alone.
+
+        Guidance with gradient g moves the predicted image by (1 - abar) / sqrt(abar) g under DDIM, which is the noise
+        e - sqrt(1 - abar) g of GUIDE, and the mean by the variance times g under DDPM.
+        """
+        abar, times = self.schedule.abar.tolist(), self.times
+        name = hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() if self.name == "ddpm" else ""
+        for i, time in enumerate(times):
+            a, after = abar[time], abar[times[i + 1]] if i + 1 < len(times) else 1.0
+
+            def image(x: Tensor, noise: Tensor, a: float = a) -> Tensor:
+                predicted = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+                return predicted.clamp(-1, 1) if self.clip else predicted
+
+            t = torch.tensor(float(time), device=x.device)
+            noise, gradient = self.guide(network, t, x, image) if self.guide else (network(t, x).float(), 0.0)
+            x0 = image(x, noise)
+            if self.name == "ddim":
+                x0 = x0 + (1 - a) / math.sqrt(a) * gradient
+                x = math.sqrt(after) * x0 + math.sqrt((1 - after) / (1 - a)) * (x - math.sqrt(a) * x0)
+            else:
+                beta = 1 - a / after  # of the jump from this time to the next
+                x = (math.sqrt(after) * beta * x0 + math.sqrt(a / after) * (1 - after) * x) / (1 - a) + beta * gradient
+                if i + 1 < len(times):
+                    fresh = torch.randn(x.shape, generator=stream(0, "ancestral", name, i))
+                    x = x + math.sqrt(beta) * fresh.to(x.device)
+            yield x
+        if not torch.isfinite(x).all():
+            raise LabError(f"The sampler {self.name} left the finite numbers: the network has diverged.")
+
+    @torch.no_grad()
+    def path(self, network: Noise, x: Tensor, frames: int = 0, correct: None = None) -> tuple[Tensor, int]:
+        """(``frames`` states (frames, B, C, H, W), by default all, from the noise to the images, evaluations)."""
+        states = [x, *self.states(network, x)]
+        kept = torch.linspace(0, self.steps, frames or self.steps + 1).round().long().tolist()
+        return torch.stack([states[i] for i in kept]), self.evaluations
+
+    @torch.no_grad()
+    def integrate(self, network: Noise, x: Tensor, correct: None = None) -> tuple[Tensor, int]:
+        """(images (B, C, H, W), evaluations of the network) from noise x."""
+        *_, images = self.states(network, x)
+        return images, self.evaluations
