@@ -2,6 +2,7 @@
 
 import errno
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class LabError(Exception):
@@ -35,3 +36,11 @@ def memory_for(settings: str):
         if not lacking:
             raise
         raise LabError(f"Out of memory: lower {settings}; everything saved before is untouched.") from None
+
+
+def place(word: str | Path) -> Path:
+    """A file or folder that a person named: ``~`` is the home, and a relative name starts where they stand now."""
+    try:
+        return Path(word).expanduser().absolute()
+    except RuntimeError as reason:
+        raise LabError(f"{word}: {reason}; accepted is a file or folder, also under ~.") from None

@@ -11,14 +11,13 @@ import dataclasses
 import difflib
 import re
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 
-from funlora_lab.errors import LabError
+from funlora_lab.errors import LabError, place
 
 OPERATIONS = ("mul", "add", "mul-add")
 STARTS = ("identity", "equal", "literal", "kaiming")
 SCORED = ("every", "last", "none")
-PLACES = ("data_root", "pretrain_root", "base_weights")  # settings that name a file or a folder
+PLACES = ("data_root", "pretrain_root", "base_weights", "stable_diffusion")  # settings that name a file or a folder
 
 # the texts of what a user registered under the name of a method: part of what a run of that method is
 REGISTERED_TEXTS: dict[str, str] = {}
@@ -67,7 +66,27 @@ class ClassifierTraining:
     crop: int = 0  # pixels of padding for random crops
 
 
-GROUPS = {"network": "", "base": "base_", "adapter": "adapter_", "classifier": "classifier_"}  # group -> prefix
+@dataclass(frozen=True, kw_only=True)
+class PriorSystems:
+    # what only the systems that the paper compares with read
+    diffusion_steps: int = 1000  # T, the times of the noise schedule
+    noise_schedule: str = ""  # linear | ho | cosine | stable; empty: the system's own
+    denoiser: str = ""  # ddim | ddpm; empty: the system's own
+    denoising_steps: int = 0  # of the sampler; 0: the system's own
+    guidance: float = 0.0  # scale of the classifier's gradient; 0: the system's own
+    replay_every: int = 5  # steps of the classifier between two drawings of replayed images
+    replay_per_class: int = 0  # images of a class replayed to the generator; 0: samples_per_class
+    replay_budget: str = "seen"  # images a task trains on: adapter_images for every class seen | for the new ones alone
+    later_rate: float = 0.1  # the lasting classifier's rate after task 1, as a share of that at task 1
+    head_hidden: int = 0  # width of the head of jdcl; 0: its own
+    local_start: str = "previous"  # previous | scratch: where jdcl's network of the new classes starts
+    stable_diffusion: str = ""  # folder with the weights of Stable Diffusion 1.x
+    prompt: str = "a photo of a {}"  # with the class's name
+    prompt_guidance: float = 7.5  # scale of classifier-free guidance
+    stable_size: int = 256  # pixels a side of its images
+
+
+GROUPS = {"network": "", "base": "base_", "adapter": "adapter_", "classifier": "classifier_", "prior": ""}  # prefixes
 UNPREFIXED = {"classifier_kind": "classifier", "classifier_crop": "crop"}
 
 
@@ -119,6 +138,7 @@ class Experiment:
     chunk: int  # images integrated together; part of what fixes every bit of an image
 
     classifier: ClassifierTraining
+    prior: PriorSystems = PriorSystems()
     score_after: str = "every"  # tasks after which a classifier is trained and scored: every | last | none
     log_every: int  # steps between two lines of the log
 
@@ -219,24 +239,27 @@ CHOICES = {
     "adapter_schedule": ("constant", "cosine"),
     "classifier": ("cnn", "resnet18"),
     "score_after": SCORED,
+    "replay_budget": ("seen", "new"),
+    "local_start": ("previous", "scratch"),
 }
 RANGES = {  # what is accepted -> (the test of it, the settings)
     "a whole number from 1 up": (
         lambda value: value >= 1,
         "image_size channels base_channels res_blocks head_channels norm_groups functions ratio rank "
         "lora_attention_rank base_batch adapter_images adapter_batch steps samples_per_class chunk classifier_epochs "
-        "classifier_batch log_every",
+        "classifier_batch log_every diffusion_steps replay_every stable_size",
     ),
     "a whole number from 0 up": (
         lambda value: value >= 0,
-        "seed base_images base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop pretrain_images",
+        "seed base_images base_warmup base_ema_start adapter_warmup adapter_ema_start lanes crop pretrain_images "
+        "replay_per_class denoising_steps head_hidden",
     ),
     "a number from 0 up to, not including, 1": (
         lambda value: 0 <= value < 1,
         "valid_fraction dropout base_ema adapter_ema classifier_momentum",
     ),
-    "a number above 0": (lambda value: value > 0, "base_lr tolerance classifier_lr grad_clip"),
-    "a number from 0 up": (lambda value: value >= 0, "adapter_lr classifier_weight_decay"),
+    "a number above 0": (lambda value: value > 0, "base_lr tolerance classifier_lr grad_clip later_rate"),
+    "a number from 0 up": (lambda value: value >= 0, "adapter_lr classifier_weight_decay guidance prompt_guidance"),
     "two whole numbers such as 2-2": (re.compile(r"[1-9]\d*-[1-9]\d*").fullmatch, "split"),
     "two layer indices such as 40-54": (re.compile(r"\d+-\d+").fullmatch, "window lora_v1_window lora_v2_window"),
     "natural, shuffled-SEED or class indices such as 3,0,1,2": (
@@ -244,14 +267,6 @@ RANGES = {  # what is accepted -> (the test of it, the settings)
         "class_order",
     ),
 }
-
-
-def place(word: str | Path) -> Path:
-    """A file or folder that a person named: ``~`` is the home, and a relative name starts where they stand now."""
-    try:
-        return Path(word).expanduser().absolute()
-    except RuntimeError as reason:
-        raise LabError(f"{word}: {reason}; accepted is a file or folder, also under ~.") from None
 
 
 def shown(value) -> str:

@@ -62,3 +62,24 @@ def test_extra_rank_gives_the_named_layers_one_rank_more_and_counts_it(method):
 def test_broadcast_acts_alike_on_every_kernel_position():
     W, matrix = torch.randn(4, 3, 2, 2), torch.randn(5, 4, 3)
     assert (W * broadcast(matrix, W))[2, 1, 0, 1, 0] == W[1, 0, 1, 0] * matrix[2, 1, 0]
+
+
+def test_gan_memory_starts_at_the_network_to_the_bit_and_every_number_has_a_gradient():
+    adapters = small("gan-memory", window="11-24")
+    row = {name: value.requires_grad_() for name, value in adapters.start(6).items()}
+    assert all(torch.equal(adapters.merged(row)[f"{name}.weight"], one.weight) for name, one in adapters.layers.items())
+    assert all(layer.weight.shape[2] == 3 for layer in adapters.layers.values())
+    windowed = list(conv_layers(adapters.net).values())[11:25]
+    assert len(adapters.layers) == sum(layer.weight.shape[2] == 3 for layer in windowed) < 14
+    adapters.velocity(stack([row]), 1)(*batch(4)).square().sum().backward()
+    assert all((value.grad != 0).all() for value in row.values())
+
+
+def test_gan_memory_is_its_published_formula():
+    adapters = small("gan-memory")
+    row = perturbed(adapters.start(6))
+    for name, layer in adapters.layers.items():
+        gamma, beta = (row[f"{name}/{key}"][:, :, None, None] for key in ("gamma", "beta"))
+        std, mean = layer.weight.std((2, 3), keepdim=True), layer.weight.mean((2, 3), keepdim=True)
+        expected = gamma * (layer.weight - mean) / std + beta
+        torch.testing.assert_close(adapters.merged(row)[f"{name}.weight"], expected, atol=1e-5, rtol=1e-4)

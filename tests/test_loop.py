@@ -69,7 +69,10 @@ def test_a_second_run_reads_the_first(smoke_home):
     assert events[-1] == results | {"replayed": True}
 
 
-@pytest.mark.parametrize("method", all_methods())
+ELSEWHERE = ("dgr-diffusion", "guide", "ddgr", "jdcl", "stable-diffusion")  # run in tests of their own
+
+
+@pytest.mark.parametrize("method", [method for method in all_methods() if method not in ELSEWHERE])
 def test_every_method_runs_to_its_result_over_the_same_base(own_home, method):
     run = open_run(SHORT.but(method=method, score_after="last"), "cpu", home=own_home)
     assert 0 <= run.results["LA"] <= 1

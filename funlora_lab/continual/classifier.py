@@ -10,54 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funlora_lab.data import Images, to_floats
-from funlora_lab.experiment import Experiment
-from funlora_lab.seeds import Shuffle, Streams, seed_of, seeded
+from funlora_lab.seeds import Shuffle, seed_of
 from funlora_lab.store import Artefact
-from funlora_lab.systems import Context, Source, sample_artefact
+from funlora_lab.systems import Context, Source, augment, build_classifier, sample_artefact
 from funlora_lab.training import Inputs, Plan, Trainer, autocast, prepared
-
-
-def build(experiment: Experiment, classes: int, *key: str | int) -> nn.Module:
-    """A fresh classifier with ``classes`` outputs; its first weights depend on the seed and ``key`` alone."""
-    with seeded(experiment.seed, "classifier weights", *key):
-        if experiment.classifier.kind == "resnet18":
-            from torchvision.models import resnet18
-
-            net = resnet18(num_classes=classes)
-            net.conv1 = nn.Conv2d(experiment.channels, 64, 3, padding=1, bias=False)  # small images: no early shrinking
-            net.maxpool = nn.Identity()
-            return net
-
-        def block(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-
-        return nn.Sequential(
-            *block(experiment.channels, 32),
-            *block(32, 64),
-            nn.MaxPool2d(2),
-            *block(64, 128),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(128, classes),
-        )
-
-
-def augment(pixels: Tensor, experiment: Experiment, seed: Tensor) -> Tensor:
-    """Random crops (after padding) and random mirroring of uint8 images (B, C, H, W) -> floats of the same shape."""
-    x, streams = to_floats(pixels), Streams(seed[None])
-    B, _, H, W = x.shape
-    if experiment.flip:
-        mirrored = streams.uniform(B)[0] < 0.5
-        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    if pad := experiment.classifier.crop:
-        x = F.pad(x, (pad, pad, pad, pad), value=-1.0)
-        top = streams.integers(2 * pad + 1, B, 1, 1)[0]
-        left = streams.integers(2 * pad + 1, B, 1, 1)[0]
-        rows = top + torch.arange(H, device=x.device)[None, :, None]
-        columns = left + torch.arange(W, device=x.device)[None, None, :]
-        images = torch.arange(B, device=x.device)[:, None, None]
-        x = x[images, :, rows, columns].permute(0, 3, 1, 2)
-    return x
 
 
 def train_classifier(
@@ -72,7 +28,7 @@ def train_classifier(
     settings = dataclasses.asdict(e.classifier) | {"image_size": e.image_size, "channels": e.channels}
     inputs = {"origin": origin, "classes": classes, "settings": settings}
     artefact = context.store.artefact("classifier", **context.inputs, **inputs)
-    net = prepared(build(e, len(classes), len(classes)), context.runtime.device)
+    net = prepared(build_classifier(e, len(classes), len(classes)), context.runtime.device)
     context.ready(artefact, lambda: _fit(context, artefact, net, classes, images))
     tensors, facts = artefact.result()
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
@@ -100,7 +56,7 @@ def _fit(context: Context, artefact: Artefact, net: nn.Module, classes: list[int
     def losses_of(inputs: Inputs) -> Tensor:
         order = inputs["order"]
         with autocast(e.precision, device):
-            x = augment(local.pixels[order], e, inputs["seed"])
+            x = augment(to_floats(local.pixels[order]), e, inputs["seed"])
             return F.cross_entropy(net(x), local.labels[order])[None]
 
     plan = Plan(steps, batch, rate, "one-cycle", log_every=e.log_every)

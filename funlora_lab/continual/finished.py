@@ -179,7 +179,7 @@ class OpenRun:
         task_of, now = {cls: k for k, task in enumerate(self.tasks, 1) for cls in task}, 1
         images: dict[tuple, int] = {}  # (task, stage, class) -> images seen
         for event in self.events:
-            if event["event"] == "loss" and event["stage"] != "classifier":
+            if event["event"] == "loss" and "classifier" not in event["stage"]:
                 cls = event.get("class")
                 images[task_of.get(cls, now), event["stage"], cls] = event["images"]
             now += event["event"] == "accuracy"

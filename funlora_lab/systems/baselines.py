@@ -33,18 +33,32 @@ class SelfReplay(WholeNetwork):
         e, real = context.experiment, context.dataset.train
         if task == 0:
             return self.train("base", new, real.of(new), e.base.steps)
-        parts, replayed = [real.of(cls) for cls in new], {}
-        for cls in self.labels:
-            key = replayed[str(cls)] = sample_artefact(context, self.source(cls), cls).key
-            images, context.seconds[key] = draw(context, self.source(cls), cls, e.samples_per_class)
-            parts.append(Images(images, torch.full((len(images),), cls)))
-        seen = self.labels + new
-        steps = -(-e.adapter.images * len(seen) // e.base.batch)
-        images, count = Later(lambda: _evened(parts, e.seed, task)), e.samples_per_class
-        self.train(f"self-replay-{task + 1}", seen, images, steps, replayed=replayed, count=count)
+        drawn, replayed = self.draw({cls: self.replayed(cls) for cls in self.labels})
+        images = Later(lambda: evened([real.of(cls) for cls in new] + drawn, e.seed, task))
+        self.train(f"self-replay-{task + 1}", self.labels + new, images, self.steps(task), **replayed)
+
+    def replayed(self, cls: int) -> Source:
+        """How the images of a class that are trained on again are drawn."""
+        return self.source(cls)
+
+    def steps(self, task: int) -> int:
+        """Of the training after a task: ``adapter_images`` for each class that ``replay_budget`` counts."""
+        e, tasks = self.context.experiment, self.context.tasks
+        counted = sum(map(len, tasks[: task + 1])) if e.prior.replay_budget == "seen" else len(tasks[task])
+        return -(-e.adapter.images * counted // e.base.batch)
+
+    def draw(self, sources: dict[int, Source]) -> tuple[list[Images], dict]:
+        """(``replay_per_class`` images of every class, what the key of a training on them says of their origin)."""
+        context, e, parts, keys = self.context, self.context.experiment, [], {}
+        count = e.prior.replay_per_class or e.samples_per_class
+        for cls, source in sources.items():
+            keys[str(cls)] = key = sample_artefact(context, source, cls).key
+            images, context.seconds[key] = draw(context, source, cls, count)
+            parts.append(Images(images, torch.full((count,), cls)))
+        return parts, {"replayed": keys, "count": count}
 
 
-def _evened(parts: list[Images], seed: int, task: int) -> Images:
+def evened(parts: list[Images], seed: int, task: int) -> Images:
     """The images of several classes joined, each class filled up to the largest by repeating images of its own."""
     size, picked = max(map(len, parts)), []
     for part in parts:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from funlora_lab.adapters import METHODS, Row, source_text
 from funlora_lab.data import Dataset
+from funlora_lab.diffusion import Sampler
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
-from funlora_lab.flow import Velocity, flow_loss
+from funlora_lab.flow import Solver, Velocity, flow_loss
 from funlora_lab.store import Artefact, Store
 from funlora_lab.training import Runtime
 from funlora_lab.unet import UNet
@@ -74,7 +75,10 @@ class Source(NamedTuple):
     """Where a class's images come from."""
 
     key: str  # of its weights
-    velocity: Callable[[], Velocity]  # builds its velocity
+    velocity: Callable[[], Velocity]  # builds its velocity, or the noise that it predicts
+    solver: Solver | Sampler | None = None  # what integrates it; None: the experiment's solver of a velocity
+    # a chunk's number -> (its images in [-1, 1], evaluations an image), where they do not come from ``velocity`` alone
+    chunk: Callable[[int], tuple[Tensor, int]] | None = None
 
 
 class Batch(NamedTuple):
@@ -82,6 +86,8 @@ class Batch(NamedTuple):
     x0: Tensor  # noise of the same shape
     t: Tensor  # times (B,)
     y: Tensor | None = None  # positions (B,) in the network's embedding; None where adapters are trained
+    step: Tensor | None = None  # of the training, and a seed () for what a system draws itself; None with adapters
+    seed: Tensor | None = None
 
 
 class Generator:

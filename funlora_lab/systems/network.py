@@ -4,7 +4,7 @@ from dataclasses import asdict
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funlora_lab.data import Images, to_floats
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
@@ -95,19 +95,24 @@ class WholeNetwork(Generator):
         elif e.base_weights:
             inputs |= {"weights": context.base_weights or fingerprint(read_checkpoint(e.base_weights))[:16]}
         artefact = self.artefact(name, labels, steps, **inputs)
+        self.fit(artefact, net, labels, images, steps, name)
+        self.adopt(net, artefact.key, labels)
+
+    def fit(self, artefact: Artefact, net: nn.Module, labels: list[int], images: Images, steps: int, name: str) -> None:
+        """Give a network the weights of an artefact, which is made by training it from those it has."""
+        context, e, team = self.context, self.context.experiment, self.context.runtime.team
 
         def make() -> None:
-            if "weights" in inputs:
+            if "weights" in artefact.inputs:
                 load_base(net, read_checkpoint(e.base_weights), e.base_weights)
             weights, facts = self.trainer(artefact, net, labels, images, steps, name).fit()
-            artefact.finish(weights, **facts, batch=e.base.batch, processes=context.runtime.team.size)
-            context.runtime.team.wait()
+            artefact.finish(weights, **facts, batch=e.base.batch, processes=team.size)
+            team.wait()
 
         context.ready(artefact, make)
         weights, facts = artefact.result()
         net.load_state_dict(weights)
         context.seconds[artefact.key] = facts["seconds"]
-        self.adopt(net, artefact.key, labels)
 
     def trainer(self, artefact: Artefact, net: UNet, labels: list[int], images: Images, steps: int, name: str):
         """The training of the whole network; of several processes each computes its part of every batch."""
@@ -121,12 +126,15 @@ class WholeNetwork(Generator):
 
         def inputs_at(step: int) -> Inputs:
             dropout = torch.tensor(seed_of(e.seed, name, "dropout", step, *team.key))
-            seeds = torch.tensor([seed_of(e.seed, name, step)])
-            return {"order": shuffle.batch(step, B)[None], "seeds": seeds, "dropout": dropout}
+            seeds, own = (
+                torch.tensor([seed_of(e.seed, name, step)]),
+                torch.tensor([step, seed_of(e.seed, name, "own", step)]),
+            )
+            return {"order": shuffle.batch(step, B)[None], "seeds": seeds, "dropout": dropout, "own": own}
 
         def losses_of(inputs: Inputs) -> Tensor:
-            x1, x0, t, _ = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
-            batch = Batch(*team.part(x1, x0, t, positions[inputs["order"][0]]))
+            x1, x0, t, *_ = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
+            batch = Batch(*team.part(x1, x0, t, positions[inputs["order"][0]]), *inputs["own"])
             with dropout_from(inputs["dropout"]), autocast(e.precision, device):
                 return team.mean(self.loss(lambda t, x: model(t, x, batch.y), batch), B)[None]
 

@@ -25,16 +25,17 @@ def solver_of(experiment: Experiment) -> Solver:
 def sample_artefact(context: Context, source: Source, cls: int) -> Artefact:
     """The artefact of one class's samples: it does not depend on how many are asked for."""
     e = context.experiment
-    given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | solver_of(e).identity
+    solver = source.solver or solver_of(e)
+    given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | solver.identity
     return context.store.artefact("samples", weights=source.key, cls=cls, **given)
 
 
 @torch.no_grad()
-def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device: torch.device) -> tuple[Tensor, int]:
+def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device, solver=None) -> tuple[Tensor, int]:
     """(images in [-1, 1], evaluations of the network) of one whole chunk (chunk, C, H, W)."""
     x0 = noise(e.seed, cls, chunk, (e.chunk, e.channels, e.image_size, e.image_size))
     with computing(device), autocast(e.precision, device):
-        return solver_of(e).integrate(velocity, x0.to(device))
+        return (solver or solver_of(e)).integrate(velocity, x0.to(device))
 
 
 def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor, float]:
@@ -50,7 +51,10 @@ def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor
                 if not path.exists():
                     velocity = velocity or replayed(source.velocity(), runtime.device)
                     begun = time.monotonic()
-                    drawn, evaluations = draw_chunk(velocity, e, cls, chunk, runtime.device)
+                    if source.chunk:
+                        drawn, evaluations = source.chunk(chunk)
+                    else:
+                        drawn, evaluations = draw_chunk(velocity, e, cls, chunk, runtime.device, source.solver)
                     pixels = to_bytes(drawn).cpu()
                     facts = {"evaluations": evaluations, "seconds": time.monotonic() - begun, "chunk": chunk}
                     artefact.write(path, {"images": pixels}, facts)
@@ -60,6 +64,7 @@ def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor
         images.append(tensors["images"])
         seconds += facts["seconds"]
         event = {"event": "samples", "class": cls, "drawn": min(count, (chunk + 1) * e.chunk), "of": count}
+        event |= {"artefact": artefact.name}
         event |= {"evaluations": facts["evaluations"], "seconds": round(seconds, 3)}
         runtime.report(event if fresh else {**event, "replayed": True})
         if fresh:

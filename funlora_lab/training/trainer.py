@@ -17,7 +17,8 @@ from funlora_lab.store import Artefact
 from funlora_lab.training.device import Inputs, Steps, move, update
 from funlora_lab.training.runtime import Runtime
 
-MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # else base_batch
+MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # of stages; else base_batch
+MEMORY["own classifier"] = MEMORY["classifier"]
 KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}  # a step's learning rate, the average's
 # step towards the weights, and where its losses are noted
 KEPT = "the state saved before it is kept, a lower learning rate may help."
@@ -30,7 +31,7 @@ class Plan:
     steps: int
     batch: int
     rate: float  # the peak
-    shape: str = "constant"  # constant, cosine or one-cycle
+    shape: str = "constant"  # constant, cosine, linear or one-cycle
     warmup: int = 0
     ema: float = 0.0  # decay of the moving average, 0 for none
     ema_start: int = 0
@@ -51,6 +52,8 @@ class Plan:
             return high * (1 + math.cos(math.pi * (step - up) / (self.steps - up))) / 2
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
+        if self.shape == "linear":  # down to 0
+            return self.rate * (1 - step / self.steps)
         if self.shape == "cosine":
             return self.rate * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
         return self.rate

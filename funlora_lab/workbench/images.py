@@ -54,7 +54,8 @@ class SameNoise:
             raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
         source = generator.source(cls) if generator else self.run.source(cls)
         with ALONE, torch.no_grad():
-            return to_bytes(self.solver.path(source.velocity(), self.noise(cls), frames)[0]).cpu()
+            solver = source.solver or self.solver
+            return to_bytes(solver.path(source.velocity(), self.noise(cls), frames)[0]).cpu()
 
     def images(self, cls: int) -> Tensor:
         return self.path(cls, 2)[-1]

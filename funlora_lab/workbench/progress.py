@@ -31,7 +31,7 @@ class Progress:
                 if "class" in event:  # classes side by side report in turn: one bar serves them all
                     stage, note = "adapters", f"class {event['class']}, {note}"
                 elif "classes" in event:
-                    stage = f"classifier of {event['classes']} classes"
+                    stage = f"{stage} of {event['classes']} classes"
                 self._advance(stage, event["step"], event["steps"], event["seconds"], note)
             case "samples" if "replayed" not in event:
                 self._advance(f"samples of class {event['class']}", event["drawn"], event["of"], event["seconds"])
