@@ -14,6 +14,7 @@ from funlora_lab.systems.guide import Guide
 from funlora_lab.systems.jdcl import Jdcl
 from funlora_lab.systems.network import WholeNetwork, build_unet, meta_unet, noisy_batch, unet_settings
 from funlora_lab.systems.sampling import draw, draw_chunk, sample_artefact, solver_of
+from funlora_lab.systems.stable import StableDiffusion
 
 
 def generator_of(context: Context) -> Generator:
