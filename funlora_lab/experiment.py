@@ -67,8 +67,7 @@ class ClassifierTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorSystems:
-    # what only the systems that the paper compares with read
+class PriorSystems:  # what only the systems that the paper compares with read
     diffusion_steps: int = 1000  # T, the times of the noise schedule
     noise_schedule: str = ""  # linear | ho | cosine | stable; empty: the system's own
     denoiser: str = ""  # ddim | ddpm; empty: the system's own
@@ -111,9 +110,7 @@ class Experiment:
 
     method: str = "funlora"  # a method or system of `funlora list`
     operation: str = "mul"  # mul: W*F | add: W+F | mul-add: W*F+G
-    start: str = (
-        "identity"  # identity | equal | literal | kaiming: first numbers (adapters/functions.py, functional.py)
-    )
+    start: str = "identity"  # identity | equal | literal | kaiming: first numbers (adapters/functions.py)
     functions: int = 10  # p, the number of functions summed in Eq. 8
     ratio: int = 1  # r: A and B have Cout/r and Cin/r entries
     window: str  # first-last index of the adapted convolutions

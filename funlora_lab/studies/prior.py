@@ -15,10 +15,9 @@ from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, open_run
 from funlora_lab.experiment import Experiment
 from funlora_lab.studies import plots, published, sweeps
-from funlora_lab.studies.tables import Cell, Rows
+from funlora_lab.studies.tables import PRIOR, Cell, Rows
 
-# a row of published.PRIOR_SYSTEMS -> the method that runs it here; the published order, the best first
-RUN_HERE = {"JDCL": "jdcl", "GUIDE": "guide", "DGR diffusion": "dgr-diffusion", "DDGR": "ddgr"}
+RUN_HERE = {name: settings["method"] for name, settings in PRIOR.items()}  # in the published order, the best first
 NAMES = {method: name for name, method in RUN_HERE.items()} | {"funlora": "FunLoRA"}
 
 
@@ -85,14 +84,14 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index").rename(columns={"LA %": "LA % on samples"})
 
 
-def stored(base: Experiment, seeds: Iterable[int]) -> pd.Series:
-    """Both LA of every published system that is run here, as text by its published name, from finished runs alone."""
-    lines = {}
-    for name, method in RUN_HERE.items():
-        found = [cell.run().results() for cell in cells({name: base.but(method=method)}, seeds)]
-        means = [100 * mean(r[key] for r in found) for key in ("own_LA", "LA")] if all(found) else []
-        lines[name] = "{:.1f} own, {:.1f} on samples".format(*means) if means else sweeps.NOT_RUN
-    return pd.Series(lines)
+def both(wanted: list[Cell]) -> dict[str, str]:
+    """Row -> both LA as text, of finished runs whose system has a classifier of its own."""
+    lines: dict[str, list[dict]] = {}
+    for cell in wanted:
+        if "own_LA" in (results := cell.run().results() or {}):
+            lines.setdefault(cell.row, []).append(results)
+    means = {row: [100 * mean(r[key] for r in found) for key in ("own_LA", "LA")] for row, found in lines.items()}
+    return {row: "{:.1f} own, {:.1f} on samples".format(*pair) for row, pair in means.items()}
 
 
 def order(frame: pd.DataFrame) -> pd.DataFrame:

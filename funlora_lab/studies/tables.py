@@ -26,9 +26,9 @@ Rows = dict[str, Experiment]
 SCORED_AFTER = {"operations": "last", "systems": "last", "coco": "last", "rates": "none", "growth": "none"}
 BOUNDS = ("classifier-multitask", "generative-multitask", "label-embedding")
 VARIANTS = ("funlora", "cosine-frozen", "power", "power-frozen", "shift")  # of Table II: one stands for them in Table V
-PRIOR: dict[
-    str, dict
-] = {}  # rows of Table VI beside ours: a name in ``published.PRIOR_SYSTEMS`` -> settings that run it
+# rows of Table VI beside ours: a name in ``published.PRIOR_SYSTEMS`` -> settings that run it; the published order
+PRIOR = {"JDCL": {"method": "jdcl"}, "GUIDE": {"method": "guide"}}
+PRIOR |= {"DGR diffusion": {"method": "dgr-diffusion"}, "DDGR": {"method": "ddgr"}}
 
 # preset -> (method, operation, start) -> rate, chosen on seed 0 by the flow loss of held-out training images from 1e-3
 # to 1 in steps of about three, so that none lies at an end; with "everywhere" that in all layers, where it is another.

@@ -21,7 +21,7 @@ from funlora_lab.flow import Velocity, noise
 from funlora_lab.seeds import Shuffle, seeded, stream
 from funlora_lab.store import Artefact, key_of, parse_tensors
 from funlora_lab.systems.generator import Generator, Source, system
-from funlora_lab.training import Plan, Trainer, autocast
+from funlora_lab.training import Inputs, Plan, Trainer, autocast
 
 PARTS = ("unet", "vae", "text_encoder")
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]  # the layers with a LoRA
@@ -127,14 +127,18 @@ class StableDiffusion(Generator):
 
         e, device, pipe = self.context.experiment, self.context.runtime.device, self.pipe
         new, real = self.context.tasks[task], self.context.dataset.train.of(self.context.tasks[task])
-        pixels, labels = real.pixels.to(device), torch.tensor([new.index(cls) for cls in real.labels.tolist()])
+        labels = torch.tensor([new.index(cls) for cls in real.labels.tolist()]).to(device)
+        pixels = real.pixels.to(device)
         prompts, B = torch.cat([self.embedding(cls) for cls in new]), e.adapter.batch
         shuffle, schedule = Shuffle(len(real), e.seed, "lora", task), DDPMScheduler.from_config(pipe.scheduler.config)
 
-        def loss_at(step: int) -> Tensor:
-            order, generator = shuffle.batch(step, B), stream(e.seed, "lora", task, step)
+        def inputs_at(step: int) -> Inputs:
+            return {"order": shuffle.batch(step, B), "step": torch.tensor(step)}
+
+        def losses_of(inputs: Inputs) -> Tensor:
+            order, generator = inputs["order"], stream(e.seed, "lora", task, inputs["step"].item())
             mirrored = (torch.rand(B, generator=generator) < 0.5 * e.flip)[:, None, None, None].to(device)
-            x = to_floats(pixels[order.to(device)]).expand(-1, 3, -1, -1)
+            x = to_floats(pixels[order]).expand(-1, 3, -1, -1)
             x = F.interpolate(torch.where(mirrored, x.flip(3), x), (e.prior.stable_size,) * 2, mode="bicubic")
             with autocast(e.precision, device):
                 with torch.no_grad():
@@ -142,13 +146,13 @@ class StableDiffusion(Generator):
                 added = torch.randn(latents.shape, generator=generator).to(device)
                 t = torch.randint(schedule.config.num_train_timesteps, (B,), generator=generator).to(device)
                 noisy = schedule.add_noise(latents.float(), added, t)
-                predicted = pipe.unet(noisy, t, encoder_hidden_states=prompts[labels[order].to(device)]).sample
+                predicted = pipe.unet(noisy, t, encoder_hidden_states=prompts[labels[order]]).sample
             return (predicted.float() - added).square().mean()[None]
 
         rate, steps = e.adapter.lr or self.rate, -(-e.adapter.images * len(new) // B)
         plan, label = Plan.of(e.adapter, rate, steps, e.log_every), {"stage": f"lora-{task + 1}"}
         optimizer = torch.optim.Adam(self.numbers.values(), rate)
-        return Trainer(artefact, plan, optimizer, self.numbers, loss_at, self.context.runtime, [label])
+        return Trainer(artefact, plan, optimizer, self.numbers, inputs_at, losses_of, self.context.runtime, [label])
 
     def source(self, cls: int) -> Source:
         e, own, unet = self.context.experiment, self.context.experiment.prior, self.pipe.unet
