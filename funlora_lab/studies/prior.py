@@ -46,7 +46,13 @@ def costs(run: OpenRun) -> dict[str, float]:
     """Images that the generator was trained on, images drawn, evaluations of the network for these, seconds."""
     drawn, evaluations, known = 0, 0, set()  # a set that is read again is logged again
     for event in run.events:
-        if event["event"] == "samples" and (key := (event["artefact"], event["drawn"])) not in known:
+        if event["event"] == "samples":
+            key = (
+                event.get("artefact", (event["class"], event["seconds"])),
+                event["drawn"],
+            )  # older logs name no artefact
+            if key in known:
+                continue
             known.add(key)
             drawn += run.experiment.chunk
             evaluations += run.experiment.chunk * event["evaluations"]
