@@ -508,11 +508,11 @@ def test_names_are_text_and_pictures_readable_and_bounded(monkeypatch):
     assert r"a\|b" in keep.markdown(plots.pd.DataFrame({"x": ["a|b"]}), "caption")
 
 
-def test_what_a_notebook_shows_is_a_png_with_words_too():
-    numbers = layers.spread(layers.first_numbers("funlora", outputs=8, inputs=6, p=4), amount=0.3)
+def test_what_a_notebook_shows_is_a_png_with_words_too(smoke_run):
+    adapted = layers.AdaptedLayers(smoke_run)
     shown = layers.unet_picture(layers.unet_layers(TINY), {4: 0.1, 5: 0.2}, "change of the weights")
     for drawn, words in (
-        (layers.function_picture(layers.function_view("funlora", numbers)), "rank"),
+        (layers.function_picture(adapted.view(9, min(adapted.names))), "rank"),
         (shown, "change"),
     ):
         content, about = drawn._repr_png_()

@@ -10,8 +10,9 @@ import torch
 
 from funlora_lab import LabError, open_folder, open_run, preset
 from funlora_lab.__main__ import main
-from funlora_lab.continual import classifier, predict
+from funlora_lab.continual import predict
 from funlora_lab.studies import fidelity, neighbours, plots, quality
+from funlora_lab.systems import build_classifier
 
 
 def normal(*shape, seed=0):
@@ -172,7 +173,7 @@ def test_classifier_features_are_what_the_last_layer_sees(run):
     assert seen.dtype == torch.float64
     logits = seen.float() @ run.judge[-1].weight.T + run.judge[-1].bias
     assert torch.equal(logits.argmax(1), predict(run.judge, pixels))
-    resnet = classifier.build(preset("smoke").but(classifier="resnet18"), 4)
+    resnet = build_classifier(preset("smoke").but(classifier="resnet18"), 4)
     assert quality.features(resnet, pixels[:2]).shape == (2, 512)
 
 

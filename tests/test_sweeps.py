@@ -279,7 +279,7 @@ def test_a_base_trained_first_on_unlabelled_pictures_stands_beside_the_plain_one
     assert [cell.row for cell in wanted] == names
     sweeps.perform(wanted[:2], "cpu")
     runs = {row: sweeps.open_row(wanted[:2], row, "cpu")[0] for row in names[:2]}
-    assert runs["FunLoRA, COCO"].context.dataset.unlabelled.unique(dim=0).shape == (600, 1, 8, 8)
+    assert runs["FunLoRA, COCO"].context.dataset.unlabelled.pixels.unique(dim=0).shape == (600, 1, 8, 8)
     assert [len(run.losses("pretrain")) for run in runs.values()] == [0, 1]
     table = pretraining.table(sweeps.readable(sweeps.summary(sweeps.collect(wanted)), ["LA"]))
     assert table["pre-trained"].tolist() == ["no", "yes", "no", "yes"]

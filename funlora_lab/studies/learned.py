@@ -14,7 +14,7 @@ from funlora_lab import adapters
 from funlora_lab.continual import OpenRun
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import flow_loss
-from funlora_lab.seeds import stream
+from funlora_lab.seeds import seed_of, stream
 from funlora_lab.studies import rank
 from funlora_lab.studies.plots import COLOURS, INK, Drawing, bands, drawing, legend, style
 from funlora_lab.systems import meta_unet
@@ -165,8 +165,8 @@ def first_gradients(run: OpenRun, experiment: Experiment, images: int = 16) -> d
     cls, device = run.tasks[1][0], run.runtime.device
     adapted = adapters.Adapters(run.network, experiment)
     row = {name: value.to(device).requires_grad_() for name, value in adapters.stack([adapted.start(cls)]).items()}
-    pixels, generator = run.context.dataset.train.of(cls).pixels[:images], stream(0, "first gradients", device=device)
-    x1, x0, t, _ = noisy_batch(pixels.to(device), torch.arange(len(pixels)), False, generator)
+    pixels, seeds = run.context.dataset.train.of(cls).pixels[:images], torch.tensor([seed_of(0, "first gradients")])
+    x1, x0, t, *_ = noisy_batch(pixels.to(device), torch.arange(len(pixels))[None], False, seeds.to(device))
     flow_loss(adapted.velocity(row, 1), x1, x0, t).mean().backward()
     largest: dict[str, float] = {}
     for name, value in row.items():

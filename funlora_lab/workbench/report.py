@@ -1,6 +1,7 @@
 """A run as one HTML page (no script, no link, no network): results, figures, certificate, settings, provenance."""
 
 import shlex
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -88,11 +89,16 @@ def page(run: OpenRun) -> str:
 
 
 def samples_after_every_task(run: OpenRun, count: int = 4) -> plots.Drawing:
-    """The same noise of every class after every task, of at most a dozen classes: what was learned first stays."""
+    """The same noise of every class after every task, of at most a dozen classes: what was learned first stays.
+
+    Above them real images, where the data set is still there.
+    """
     after = {f"after task {k}": run.samples_after(k, count) for k in range(1, len(run.tasks) + 1)}
     order = run.context.classes[:12]
-    real = {cls: run.context.dataset.train.of(cls).pixels[:count] for cls in order}
-    return plots.sample_columns([("real", real), *after.items()], order, run.classes)
+    columns = list(after.items())
+    with suppress(LabError):
+        columns.insert(0, ("real", {cls: run.context.dataset.train.of(cls).pixels[:count] for cls in order}))
+    return plots.sample_columns(columns, order, run.classes)
 
 
 def accuracy_table(run: OpenRun) -> pd.DataFrame:
