@@ -31,7 +31,7 @@ PRIOR = {"JDCL": {"method": "jdcl"}, "GUIDE": {"method": "guide"}}
 PRIOR |= {"DGR diffusion": {"method": "dgr-diffusion"}, "DDGR": {"method": "ddgr"}}
 
 # preset -> (method, operation, start) -> rate, chosen on seed 0 by the flow loss of held-out training images from 1e-3
-# to 1 in steps of about three, so that none lies at an end; with "everywhere" that in all layers, where it is another.
+# to 1 in steps of about three; with "everywhere" that in all layers, where it is another: there lower ones are untried.
 # What is not listed did best at the method's own rate, or (compared methods) keeps it.
 BEST_RATES = {"digits-small": {
     ("funlora", "mul", "literal"): 1e-1, ("shift", "mul", "identity"): 3e-1, ("power", "mul", "identity"): 3e-2,
