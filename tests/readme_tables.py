@@ -100,6 +100,7 @@ def findings() -> str:
         f"What the paper finds in words, on `{preset_name}`, means over {seeds} seeds: {about}.",
         "Contrary results stand as plainly as others. Below are those of its tables, of long orders the three best;",
         f"[{name}](figures/digits/{name}.md) has all of them, with what counts as shown (notebook 06).",
+        "Verdicts compare means: a difference within ± (the standard deviation over seeds) decides little.",
         "",
         "| finding of the paper | on digits | numbers |",
         "|---|---|---|",
