@@ -121,9 +121,8 @@ def load(experiment: Experiment, home: Path | None = None, check: Callable[[], N
     for pixels, labels in ((train.pixels, train.labels), (test.pixels, test.labels)):
         if (pixels.dtype, pixels.ndim, labels.dtype) != (torch.uint8, 4, torch.int64) or len(pixels) != len(labels):
             raise LabError(f"data={data}: accepted are pixels uint8 (N, C, H, W) and labels int64 (N,).")
-        C, H, W = pixels.shape[1:]
-        if (C, H, W) != (channels, size, size):
-            accepted = f"accepted for data={data} is image_size={H} with channels={C}"
+        if (shape := tuple(pixels.shape[1:])) != (channels, size, size):
+            accepted = f"accepted for data={data} is image_size={shape[1]} with channels={shape[0]}"
             raise LabError(f"image_size={size} with channels={channels}: {accepted}.")
         if labels.unique().tolist() != list(range(len(classes))):
             raise LabError(f"data={data}: accepted are labels from 0 to {len(classes) - 1}, each of them in use.")

@@ -90,6 +90,14 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index").rename(columns={"LA %": "LA % on samples"})
 
 
+def speed(frame: pd.DataFrame) -> dict[str, bool | str]:
+    """Whether FunLoRA's image costs fewer evaluations of the network than that of any prior system, and the numbers."""
+    means = frame.groupby("row")[["evaluations", "drawn"]].mean()
+    each = (means["evaluations"] / means["drawn"])[["funlora", *RUN_HERE.values()]].sort_values()
+    words = ", ".join(f"{row} {value:.0f}" for row, value in each.items())
+    return {"true": each.index[0] == "funlora", "ours": f"evaluations an image: {words}"}
+
+
 def both(wanted: list[Cell]) -> dict[str, str]:
     """Row -> both LA as text, of finished runs whose system has a classifier of its own."""
     lines: dict[str, list[dict]] = {}
