@@ -8,6 +8,7 @@ images is lowest; beside them it stands under an index that is free.
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -120,14 +121,14 @@ def learn(
     e, dataset = run.experiment.but(**settings), with_class(run.context.dataset, name, images, move)
     near = nearest(run, images)
     first, cls, known = len(run.classes), run.free_index(name), run.generator
-    generator = _starting_from(run, near, watch)
+    generator, start = copy(known), run.full_row(near)
+    start = {name: value for name, value in start.items() if name != LABEL or run.adapters.learns_label}
     what = {"dataset": dataset, "tasks": [*run.tasks, [first]], "runtime": runtime or run.runtime, "seconds": {}}
     context = generator.context = replace(run.context, experiment=e, **what)
-    generator.rows, generator.keys = {}, {}
-    generator.learn_classes([first])
-    generator.rows, generator.keys = (
-        {**theirs, cls: mine[first]} for theirs, mine in ((known.rows, generator.rows), (known.keys, generator.keys))
-    )
+    artefact = generator.artefact_of(first, start=fingerprint(start)[:16])
+    watched = watch and partial(_watched, generator=generator, watch=watch)
+    row = generator.learned_alone(artefact, first, dataset.train.of(first).pixels, start, watched=watched)
+    generator.rows, generator.keys = known.rows | {cls: row}, known.keys | {cls: artefact.key}
     test = replace(dataset.test, labels=dataset.test.labels.where(dataset.test.labels != first, cls))
     context = replace(context, dataset=replace(dataset, test=test) if cls != first else dataset)
     others = sorted(c for c in known.rows if c >= first and c != cls)
@@ -139,25 +140,6 @@ def learn(
     right, tested = int((predicted == true)[true == cls].sum()), int((true == cls).sum())
     what = generator, run.known[near], samples[cls], right, tested
     return OwnClass(run, name, cls, *what, run.class_accuracies, after)
-
-
-def _starting_from(run: OpenRun, first: int, watch: Watch | None) -> Generator:
-    """A copy of the run's generator whose next class starts from the numbers of class ``first``."""
-    generator, row = copy(run.generator), run.full_row(first)
-    generator.adapters = copy(run.adapters)
-    start = {k: v for k, v in row.items() if k != LABEL or run.adapters.learns_label}
-    generator.adapters.start = lambda cls: {name: value.clone() for name, value in start.items()}
-    key = fingerprint(start)[:16]
-
-    def artefact(cls: int):
-        return type(generator).artefact_of(generator, cls, start=key)
-
-    def trainer(group, classes, *more) -> Trainer:
-        made = type(generator).adapter_trainer(generator, group, classes, *more)
-        return _watched(made, generator, watch) if watch else made
-
-    generator.artefact_of, generator.adapter_trainer = artefact, trainer
-    return generator
 
 
 def _watched(trainer: Trainer, generator: Generator, watch: Watch) -> Trainer:

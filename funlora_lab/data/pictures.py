@@ -163,7 +163,7 @@ def read_pictures(paths: list[Path], size: int, channels: int, check: Callable[[
             else:
                 bad[paths[i]] = found
     if len(bad) > 1:
-        names = ", ".join(map(str, list(bad)[:4])) + (f" and {len(bad) - 4} more" if bad.keys() - list(bad)[:4] else "")
+        names = ", ".join(map(str, list(bad)[:4])) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
         raise LabError(f"{len(bad)} of {len(paths)} pictures cannot be read: {names}; mend them or move them away.")
     if bad:
         raise bad.popitem()[1]

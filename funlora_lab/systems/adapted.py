@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from funlora_lab.adapters import METHODS, Adapters, Method, stack, unstack
+from funlora_lab.adapters import METHODS, Adapters, Method, Row, stack, unstack
 from funlora_lab.seeds import Shuffle, seed_of
 from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
 from funlora_lab.systems.generator import Source
@@ -53,15 +53,23 @@ class AdaptedBase(WholeNetwork):
         """
         after, other = self.keys[cls], copy(self)
         artefact = self.artefact_of(cls, data=fingerprint({"pixels": pixels})[:16], after=after)
+        row = self.learned_alone(artefact, cls, pixels, self.rows[cls], "tuned", after)
+        other.rows, other.keys = self.rows | {cls: row}, self.keys | {cls: artefact.key}
+        return other
+
+    def learned_alone(self, artefact: Artefact, cls: int, pixels: Tensor, start: Row, *key: str, watched=None) -> Row:
+        """One class's row, trained by itself from ``start`` on images uint8 (N, C, H, W) and kept in an artefact.
+
+        ``key`` names the random streams, by default those of any adapter; ``watched(trainer)`` may replace the trainer.
+        """
 
         def make() -> None:
-            trainer = self.adapter_trainer(artefact, [cls], [pixels], [self.rows[cls]], "tuned", after)
-            rows, facts = trainer.fit()
+            trainer = self.adapter_trainer(artefact, [cls], [pixels], [start], *key)
+            rows, facts = (watched(trainer) if watched else trainer).fit()
             artefact.finish(unstack(rows, 1)[0], **facts, cls=cls)
 
         self.context.ready(artefact, make)
-        other.rows, other.keys = self.rows | {cls: artefact.result()[0]}, self.keys | {cls: artefact.key}
-        return other
+        return artefact.result()[0]
 
     def groups(self, task: int) -> list[list[int]]:
         """The classes of a later task in groups trained side by side; tasks that follow fill the lanes left over."""
@@ -78,7 +86,7 @@ class AdaptedBase(WholeNetwork):
     def artefact_of(self, cls: int, **other) -> Artefact:
         """One class's adapter: independent of other classes, of their order and of their grouping.
 
-        ``other``: what a class that is tuned again depends on besides, or instead.
+        ``other``: what a class that is trained alone, tuned again or one's own, depends on besides, or instead.
         """
         e, method = self.context.experiment, self.method
         given = {"method": method.identity(e), "training": asdict(e.adapter) | {"lr": method.rate_of(e)}}

@@ -126,10 +126,8 @@ class WholeNetwork(Generator):
 
         def inputs_at(step: int) -> Inputs:
             dropout = torch.tensor(seed_of(e.seed, name, "dropout", step, *team.key))
-            seeds, own = (
-                torch.tensor([seed_of(e.seed, name, step)]),
-                torch.tensor([step, seed_of(e.seed, name, "own", step)]),
-            )
+            seeds = torch.tensor([seed_of(e.seed, name, step)])
+            own = torch.tensor([step, seed_of(e.seed, name, "own", step)])
             return {"order": shuffle.batch(step, B)[None], "seeds": seeds, "dropout": dropout, "own": own}
 
         def losses_of(inputs: Inputs) -> Tensor:
