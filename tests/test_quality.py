@@ -339,6 +339,8 @@ def test_the_fid_of_a_run_is_the_one_torch_fidelity_calculates_by_itself(small, 
     assert (found["split"] == "train").all()
     assert found["extractor"].unique().tolist() == ["small, layer 24"]
     assert "sha256" in found["weights"].iloc[0]
+    assert set(fidelity.known([run.run]).values()) == {"not run"}  # published numbers have another extractor
+    assert fidelity.known([run.run, run.run], "small")["FID"] == f"{found.loc['FID', 'value']:.2f}"
 
 
 def test_missing_weights_are_one_sentence_that_says_what_to_fetch_and_where_to_put_it(small, monkeypatch, tmp_path):

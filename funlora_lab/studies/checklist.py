@@ -5,7 +5,7 @@ Made from ``published.layout()``, so that nothing can be left out; ours is read 
 
 import pandas as pd
 
-from funlora_lab.studies import ledger, published, sweeps, tables
+from funlora_lab.studies import fidelity, ledger, published, sweeps, tables
 from funlora_lab.studies.cost import seconds_of
 from funlora_lab.studies.findings import Stored
 
@@ -13,6 +13,7 @@ DATA = {"cifar10": "CIFAR10 2-2", "cifar100": "CIFAR100 20-20", "cifar100-10": "
 DATA |= {"imagenet100": "ImageNet100 20-20"}  # preset -> its column in the paper
 OURS = {"II, layers 0-64": "functions_everywhere", "II, layers 40-54": "functions", "IV, operations": "operations"}
 OURS |= {"I": "windows", "IV, ratio": "ratios", "V": "methods", "VI": "systems", "supplement, COCO": "coco"}
+SYSTEMS = {"DGR": "DGR diffusion"}  # a row of the supplement -> its name in Table VI
 
 
 def measured(stored: Stored, table: str, row: str, measure: str) -> str:
@@ -26,6 +27,9 @@ def measured(stored: Stored, table: str, row: str, measure: str) -> str:
         spent = pd.DataFrame([seconds_of(run.run) for run in runs]).mean()
         kinds = {"training h": spent["base"] + spent["generator"], "sampling h": spent["sampling"]}
         return f"{(kinds | {'classifier h': spent['classifier']}).get(measure, spent.sum()):.1f} s"
+    if table == "supplement, quality":
+        ours = ("systems", SYSTEMS.get(row, row))
+        return fidelity.known([cell.run() for cell in stored.cells if (cell.table, cell.row) == ours])[measure]
     if table == "I":
         row = stored.place(row)
     elif table == "IV, operations" and row != "mul":  # from the paper's start

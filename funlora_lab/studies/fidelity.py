@@ -6,7 +6,7 @@ first read without executing anything. Such numbers depend on their protocol, wh
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import place
+from funlora_lab.store import Run
 from funlora_lab.studies import quality
+from funlora_lab.studies.sweeps import NOT_RUN
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 EXTRACTOR = "inception-v3-compat"  # the 2015 network of the first FID, as torch-fidelity registers it
@@ -116,3 +118,17 @@ def inception_quality(run: OpenRun, weights=None, split="train", count: int | No
         return pd.DataFrame(rows)
 
     return quality.stored(run, protocol | {"split": split, "count": count, "draws": draws}, make)
+
+
+def known(runs: Sequence[Run], name: str = EXTRACTOR) -> dict[str, str]:
+    """What ``inception_quality`` left in the folders of some runs: measure -> its mean over them, or "not run".
+
+    Of all classes, against all training images, by the extractor ``name``.
+    """
+    tables = [pd.DataFrame(lines) for run in runs for lines in quality.kept(run.folder).values()]
+    judged = [table for table in tables if "extractor" in table and table["extractor"][0].startswith(f"{name},")]
+    found = dict.fromkeys(MEASURES, NOT_RUN)
+    if judged:
+        of_all = pd.concat(judged).query("group == 'all' and split == 'train'")
+        found |= {measure: f"{value:.2f}" for measure, value in of_all.groupby("measure")["value"].mean().items()}
+    return found

@@ -8,6 +8,7 @@ experiment; they are not FID and not comparable with published ones (fidelity.py
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -138,20 +139,25 @@ def features(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
     return torch.cat(seen)
 
 
+def kept(folder: Path) -> dict[str, list[dict]]:
+    """Every table of quality in a run's folder, as lines; none where the file is missing or damaged."""
+    with suppress(LabError):
+        return read_json(folder / "quality.json") if (folder / "quality.json").exists() else {}
+    return {}
+
+
 def stored(run: OpenRun, about: dict, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """A table of a run's quality: from ``quality.json`` in its folder, or made, and kept there.
 
     It is known by ``about`` and by the samples it judges; a run that draws nothing is left to ``make`` to refuse.
     """
-    file, known = run.run.folder / "quality.json", {}
+    known = kept(run.run.folder)
     keys = {cls: sample_artefact(run.context, run.source(cls), cls).key for cls in run.known}
     key = key_of({"version": __version__, "data": run.context.dataset.fingerprint, "samples": keys} | about)
-    with suppress(LabError):  # missing or damaged
-        known = read_json(file) if file.exists() else {}
     if key not in known:
         known[key] = make().to_dict("records")
         with suppress(LabError):  # a run in a folder that may only be read is judged all the same
-            write_json(file, known)
+            write_json(run.run.folder / "quality.json", known)
     return pd.DataFrame(known[key])
 
 
