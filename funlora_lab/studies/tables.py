@@ -31,8 +31,8 @@ PRIOR = {"JDCL": {"method": "jdcl"}, "GUIDE": {"method": "guide"}}
 PRIOR |= {"DGR diffusion": {"method": "dgr-diffusion"}, "DDGR": {"method": "ddgr"}}
 
 # preset -> (method, operation, start) -> rate, chosen on seed 0 by the flow loss of held-out training images from 1e-3
-# to 1 in steps of about three; with "everywhere" that in all layers, where it is another: there lower ones are untried.
-# What is not listed did best at the method's own rate, or (compared methods) keeps it.
+# to 1 in steps of about three; with "everywhere" that in all layers, where it is another. Each has worse neighbours on
+# both sides. What is not listed did best at the method's own rate, or (compared methods) keeps it.
 BEST_RATES = {"digits-small": {
     ("funlora", "mul", "literal"): 1e-1, ("shift", "mul", "identity"): 3e-1, ("power", "mul", "identity"): 3e-2,
     ("power-frozen", "mul", "identity"): 3e-2, ("vanilla-add", "mul", "identity"): 3e-3,
