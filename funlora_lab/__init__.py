@@ -3,11 +3,7 @@
 run = funlora_lab.open_run(funlora_lab.preset("digits"))
 """
 
-import os
 from importlib import import_module
-
-# a CPU thread that waits for the others sleeps instead of spinning: PyTorch's OpenMP reads this when it is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.2.0"
 

@@ -152,7 +152,8 @@ class Started(subprocess.Popen):
             raise LabError(f"The run {self.run.folder.name} is already running.")
         words = [sys.executable, "-m", "funlora_lab", *arguments(experiment), "--device", device]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.complaints}
-        super().__init__(words, env=os.environ | {"FUNLORA_HOME": str(where)}, start_new_session=True, **streams)
+        about = {"FUNLORA_HOME": str(where), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the page its cores
+        super().__init__(words, env=os.environ | about, start_new_session=True, **streams)
 
     @property
     def going(self) -> bool:
