@@ -110,7 +110,7 @@ TOY = (  # the paper's cifar100, its split and protocol, with a network and a bu
     "data=folder data_root={} image_size=4 base_channels=4 multipliers=1 res_blocks=1 attention= norm_groups=2 "
     "window=0-13 lora_v1_window=4-5 lora_v2_window=4-6 functions=2 lanes=80 "
     "base_images=64 base_batch=16 base_lr=1e-2 base_warmup=0 adapter_images=1 adapter_batch=1 "
-    "solver=euler steps=1 samples_per_class=4 chunk=4 "
+    "solver=euler steps=1 denoising_steps=2 samples_per_class=4 chunk=4 "
     "classifier=cnn classifier_epochs=1 classifier_batch=500 crop=1 score_after=last"
 )
 
