@@ -19,24 +19,22 @@ from funlora_lab.seeds import stream
 
 Noise = Callable[[Tensor, Tensor], Tensor]  # the network, e(t, x_t): t (B,) or (), x_t (B, C, H, W) -> (B, C, H, W)
 
-SCHEDULES = {
-    "linear": "beta from 0.001 to 0.02, as GUIDE and JDCL run it",
-    "ho": "beta from 0.0001 to 0.02 (Ho et al. 2020)",
-    "cosine": "abar a squared cosine of time (Nichol & Dhariwal 2021)",
-    "stable": "sqrt(beta) linear from 0.00085 to 0.012 (Stable Diffusion)",
+SCHEDULES = {  # beta at the first and at the last of 1000 times, and the power of it whose inverse is linear in time
+    "linear": (1e-3, 2e-2, 1),  # as GUIDE and JDCL run it
+    "ho": (1e-4, 2e-2, 1),  # Ho et al. 2020
+    "cosine": (),  # abar is a squared cosine of time (Nichol & Dhariwal 2021)
+    "stable": (8.5e-4, 1.2e-2, 2),  # sqrt(beta) is linear (Stable Diffusion)
 }
 SAMPLERS = {"ddim": "deterministic (Song et al. 2021)", "ddpm": "ancestral, with the larger variance (Ho et al. 2020)"}
 
 
 def betas(kind: str, T: int) -> Tensor:
     """The noise added at every step (T,), float64; those given for 1000 steps are scaled to T, none exceeds 0.999."""
-    if kind not in SCHEDULES:
-        raise LabError(f"noise_schedule={kind}: accepted is one of {', '.join(SCHEDULES)}.")
     if kind == "cosine":
         angle = (torch.linspace(0, 1, T + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2
         kept = angle.cos().square()
         return (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
-    first, last, power = {"linear": (1e-3, 2e-2, 1), "ho": (1e-4, 2e-2, 1), "stable": (8.5e-4, 1.2e-2, 2)}[kind]
+    first, last, power = SCHEDULES[kind]
     ends = [(value * 1000 / T) ** (1 / power) for value in (first, last)]
     return (torch.linspace(*ends, T, dtype=torch.float64) ** power).clamp(max=0.999)
 
@@ -48,14 +46,12 @@ class Schedule:
     kind: str = "linear"
     T: int = 1000
 
-    @cached_property
-    def abar(self) -> Tensor:
-        """(T,), float64."""
-        return (1 - betas(self.kind, self.T)).cumprod(0)
+    abar = cached_property(lambda self: (1 - betas(self.kind, self.T)).cumprod(0))  # (T,), float64
+    identity = property(lambda self: {"schedule": self.kind, "T": self.T})
 
-    @property
-    def identity(self) -> dict:
-        return {"schedule": self.kind, "T": self.T}
+    def __post_init__(self):
+        if self.kind not in SCHEDULES:
+            raise LabError(f"noise_schedule={self.kind}: accepted is one of {', '.join(SCHEDULES)}.")
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of images x at whole times t (B,)."""
@@ -69,31 +65,19 @@ def noise_loss(network: Noise, schedule: Schedule, x: Tensor, noise: Tensor, t: 
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """The gradient by x_t of a score of images, (B, C, H, W) -> (B,) and scaled, that the sampler follows."""
-
-    score: Callable[[Tensor], Tensor]
-    predicted: bool  # of the predicted image, through the network (GUIDE), or of x_t itself (Dhariwal & Nichol, DDGR)
-
-    def __call__(self, network: Noise, t: Tensor, x: Tensor, image: Callable) -> tuple[Tensor, Tensor]:
-        """(predicted noise, gradient) at x_t; ``image(x_t, noise)`` predicts the image."""
-        with torch.set_grad_enabled(self.predicted):
-            x = x.detach().requires_grad_()
-            noise = network(t, x).float()
-        with torch.enable_grad():
-            score = self.score(image(x, noise) if self.predicted else x).sum()
-        return noise.detach(), torch.autograd.grad(score, x)[0]
-
-
-@dataclass(frozen=True)
 class Sampler:
-    """Noise to images in ``steps`` of the schedule's times, with the interface of ``flow.Solver``."""
+    """Noise to images in ``steps`` of the schedule's times, with the interface of ``flow.Solver``.
+
+    With guidance it follows the gradient by x_t of a ``score`` of images, (B, C, H, W) -> (B,) and scaled: that of the
+    predicted image, through the network (GUIDE), or that of x_t itself (Dhariwal & Nichol 2021, DDGR).
+    """
 
     schedule: Schedule = Schedule()
     name: str = "ddim"
     steps: int = 50
     clip: bool = True  # predicted images into [-1, 1]
-    guide: Guidance | None = None
+    score: Callable[[Tensor], Tensor] | None = None
+    predicted: bool = False  # the score is that of the predicted image
 
     def __post_init__(self):
         if self.name not in SAMPLERS:
@@ -110,7 +94,7 @@ class Sampler:
     @property
     def evaluations(self) -> int:
         """Evaluations of the network an image; a backward pass through it counts as two."""
-        return self.steps * (3 if self.guide and self.guide.predicted else 1)
+        return self.steps * (3 if self.score and self.predicted else 1)
 
     @property
     def times(self) -> list[int]:
@@ -119,6 +103,17 @@ class Sampler:
         if self.name == "ddim":
             return [i * T // self.steps for i in reversed(steps)]
         return [T - 1 - round(i * (T - 1) / max(self.steps - 1, 1)) for i in steps]
+
+    def guided(self, network: Noise, t: Tensor, x: Tensor, image: Callable) -> tuple[Tensor, Tensor | float]:
+        """(predicted noise, gradient of the score) at x_t; ``image(x_t, noise)`` predicts the image."""
+        if not self.score:
+            return network(t, x).float(), 0.0
+        with torch.set_grad_enabled(self.predicted):
+            x = x.detach().requires_grad_()
+            noise = network(t, x).float()
+        with torch.enable_grad():
+            score = self.score(image(x, noise) if self.predicted else x).sum()
+        return noise.detach(), torch.autograd.grad(score, x)[0]
 
     def states(self, network: Noise, x: Tensor) -> Iterator[Tensor]:
         """x (B, C, H, W) after every step, from noise. What DDPM adds depends on the noise it starts from alone.
@@ -136,7 +131,7 @@ class Sampler:
                 return predicted.clamp(-1, 1) if self.clip else predicted
 
             t = torch.tensor(float(time), device=x.device)
-            noise, gradient = self.guide(network, t, x, image) if self.guide else (network(t, x).float(), 0.0)
+            noise, gradient = self.guided(network, t, x, image)
             x0 = image(x, noise)
             if self.name == "ddim":
                 x0 = x0 + (1 - a) / math.sqrt(a) * gradient
@@ -158,8 +153,6 @@ class Sampler:
         kept = torch.linspace(0, self.steps, frames or self.steps + 1).round().long().tolist()
         return torch.stack([states[i] for i in kept]), self.evaluations
 
-    @torch.no_grad()
     def integrate(self, network: Noise, x: Tensor, correct: None = None) -> tuple[Tensor, int]:
         """(images (B, C, H, W), evaluations of the network) from noise x."""
-        *_, images = self.states(network, x)
-        return images, self.evaluations
+        return self.path(network, x, 2)[0][-1], self.evaluations

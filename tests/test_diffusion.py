@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from funlora_lab.diffusion import SAMPLERS, Guidance, Sampler, Schedule, betas, noise_loss
+from funlora_lab.diffusion import SAMPLERS, Sampler, Schedule, betas, noise_loss
 from funlora_lab.errors import LabError
 from funlora_lab.seeds import stream
 
@@ -26,7 +26,7 @@ def test_the_schedules_are_those_of_the_papers():
     assert Schedule("ho").abar[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
     assert betas("linear", 500)[0].item() == pytest.approx(0.002)  # half as many steps, each twice as noisy
     with pytest.raises(LabError, match="noise_schedule=steep: accepted is one of linear"):
-        betas("steep", 10)
+        Schedule("steep", 10)
 
 
 @pytest.mark.parametrize("kind", ["linear", "ho", "cosine", "stable"])
@@ -95,7 +95,7 @@ def linear(x):
 def test_guidance_at_scale_zero_is_none(predicted, name):
     x, network = torch.randn(4, 1, 1, 2, generator=stream(0, "two pixels")), lambda t, x: 0.3 * x
     plain = Sampler(Schedule(), name, 10)
-    guided = Sampler(Schedule(), name, 10, guide=Guidance(lambda x: 0 * linear(x), predicted))
+    guided = Sampler(Schedule(), name, 10, score=lambda x: 0 * linear(x), predicted=predicted)
     assert torch.equal(plain.integrate(network, x)[0], guided.integrate(network, x)[0])
     assert guided.evaluations == (3 if predicted else 1) * plain.evaluations
 
@@ -103,7 +103,7 @@ def test_guidance_at_scale_zero_is_none(predicted, name):
 def test_a_step_guided_on_the_image_is_the_one_calculated_by_hand():
     """Two pixels, e(x) = x / 2: dx0/dx_t = (1 - sqrt(1 - a) / 2) / sqrt(a); the second is clipped: no gradient."""
     schedule, x = Schedule(), torch.tensor([0.02, 5.0]).reshape(1, 1, 1, 2)
-    sampler = Sampler(schedule, "ddim", 2, guide=Guidance(linear, True))
+    sampler = Sampler(schedule, "ddim", 2, score=linear, predicted=True)
     assert sampler.times == [500, 0]
     first, _ = sampler.states(lambda t, x: x / 2, x)
     a, b = schedule.abar[500].item(), schedule.abar[0].item()
@@ -120,7 +120,7 @@ def test_a_step_guided_on_the_image_is_the_one_calculated_by_hand():
 
 def test_an_ancestral_step_guided_on_the_noise_moves_the_mean_by_the_variance_times_the_gradient():
     x, network = torch.zeros(1, 1, 1, 2), lambda t, x: x / 2
-    plain, guided = (Sampler(Schedule(), "ddpm", 3, guide=guide) for guide in (None, Guidance(linear, False)))
+    plain, guided = (Sampler(Schedule(), "ddpm", 3, score=score) for score in (None, linear))
     assert plain.times == [999, 499, 0]
     before, after = (next(iter(sampler.states(network, x))) for sampler in (plain, guided))
     variance = 1 - (plain.schedule.abar[999] / plain.schedule.abar[plain.times[1]]).item()

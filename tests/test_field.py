@@ -475,7 +475,7 @@ def test_names_are_text_and_pictures_readable_and_bounded(monkeypatch):
         columns = plots.sample_columns([("real", images), ("samples", images)], range(4), names)
         assert size_of(columns)[0] > 110 * (8 * 0.34 + 2), "names take no room from the images"
         confusion, two = plots.confusion(np.eye(4), names), plots.confusion(np.eye(2), names[1:3])
-        curves, front = plots.training_curves(curve, "$title"), plots.accuracy_per_task({"$^$ and $_$": [1, 0.5]})
+        curves, front = plots.training_curves(curve, "$title"), plots.accuracy_per_task({"": {"$^$ and $_$": [1, 0.5]}})
         table = {"$^$": np.nan, "fine": 1.0}
         dots = plots.dots(plots.pd.DataFrame({"LA": table, "LA sd": table}), {"LA": "LA"})
         for drawing in (confusion, two, curves, front, dots):

@@ -172,7 +172,7 @@ def test_classifier_features_are_what_the_last_layer_sees(run):
     seen = quality.features(run.judge, pixels, batch=7)
     assert seen.dtype == torch.float64
     logits = seen.float() @ run.judge[-1].weight.T + run.judge[-1].bias
-    assert torch.equal(logits.argmax(1), predict(run.judge, pixels))
+    assert torch.equal(logits.argmax(1), predict(run.judge, pixels, "cpu"))
     resnet = build_classifier(preset("smoke").but(classifier="resnet18"), 4)
     assert quality.features(resnet, pixels[:2]).shape == (2, 512)
 

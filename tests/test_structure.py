@@ -68,7 +68,7 @@ def test_the_longest_chain_of_imports_is_ten_rooms():
 
 
 PRIOR = {"diffusion.py", "studies/prior.py"} | {
-    f"systems/{name}.py" for name in ("classifier", "ddgr", "denoiser", "guide", "jdcl", "stable")
+    f"systems/{name}.py" for name in ("classifier", "ddgr", "denoiser", "jdcl", "stable")
 }
 
 
@@ -76,7 +76,7 @@ def test_the_package_is_thin():
     lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in FILES}
     assert max(lines.values()) <= 300, max(lines, key=lines.get)
     prior = sum(lines[name] for name in PRIOR)  # the systems that the paper compares with, and what they alone need
-    assert prior <= 1050
+    assert prior <= 900
     assert sum(lines.values()) - prior <= 10750
     above = ("studies", "workbench", "commands", "__main__")
     core = {name for name in lines if name.partition("/")[0].removesuffix(".py") not in above} - PRIOR

@@ -4,6 +4,7 @@ Letters: B images, C channels, K classes.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +30,20 @@ def train_classifier(
     inputs = {"origin": origin, "classes": classes, "settings": settings}
     artefact = context.store.artefact("classifier", **context.inputs, **inputs)
     net = prepared(build_classifier(e, len(classes), len(classes)), context.runtime.device)
-    context.ready(artefact, lambda: _fit(context, artefact, net, classes, images))
-    tensors, facts = artefact.result()
+    tensors = context.tensors(artefact, lambda: _fit(context, artefact, net, classes, images))
     predicted, true = tensors.pop("predicted"), tensors.pop("true")
     net.load_state_dict(tensors)
-    context.seconds[artefact.key] = facts["seconds"]
     return net.eval(), predicted, true
 
 
 def _fit(context: Context, artefact: Artefact, net: nn.Module, classes: list[int], images: Images) -> None:
-    e, device, settings = context.experiment, context.runtime.device, context.experiment.classifier
-    position = torch.full((max(classes) + 1,), -1)
-    position[torch.tensor(classes)] = torch.arange(len(classes))
-    local = Images(images.pixels.to(device), position[images.labels].to(device))
-    batch = min(settings.batch, len(images))
-    steps = settings.epochs * -(-len(images) // batch)
+    e, device, c = context.experiment, context.runtime.device, context.experiment.classifier
+    pixels, labels = images.on(device, classes)
+    batch = min(c.batch, len(images))
+    steps = c.epochs * -(-len(images) // batch)
     shuffle = Shuffle(len(images), e.seed, "classifier order", len(classes))
-    parameters = dict(net.named_parameters())
-    rate, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
-    optimizer = torch.optim.SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+    parameters, momentum = dict(net.named_parameters()), {"momentum": c.momentum, "nesterov": c.momentum > 0}
+    optimizer = torch.optim.SGD(parameters.values(), c.lr, weight_decay=c.weight_decay, **momentum)
 
     def inputs_at(step: int) -> Inputs:
         seed = torch.tensor(seed_of(e.seed, "augment", "classifier", len(classes), step))
@@ -56,16 +52,16 @@ def _fit(context: Context, artefact: Artefact, net: nn.Module, classes: list[int
     def losses_of(inputs: Inputs) -> Tensor:
         order = inputs["order"]
         with autocast(e.precision, device):
-            x = augment(to_floats(local.pixels[order]), e, inputs["seed"])
-            return F.cross_entropy(net(x), local.labels[order])[None]
+            x = augment(to_floats(pixels[order]), e, inputs["seed"])
+            return F.cross_entropy(net(x), labels[order])[None]
 
-    plan = Plan(steps, batch, rate, "one-cycle", log_every=e.log_every)
-    labels, buffers = [{"stage": "classifier", "classes": len(classes)}], dict(net.named_buffers())
+    plan = Plan(steps, batch, c.lr, "one-cycle", log_every=e.log_every)
+    label, buffers = {"stage": "classifier", "classes": len(classes)}, dict(net.named_buffers())
     net.train()
-    given = (inputs_at, losses_of, context.runtime, labels, buffers)
+    given = (inputs_at, losses_of, context.runtime, [label], buffers)
     _, facts = Trainer(artefact, plan, optimizer, parameters, *given).fit()
     test = context.dataset.test.of(classes)
-    predicted = torch.tensor(classes)[predict(net, test.pixels)]
+    predicted = torch.tensor(classes)[predict(net.eval(), test.pixels, device)]
     artefact.finish(dict(net.state_dict()) | {"predicted": predicted, "true": test.labels}, **facts)
 
 
@@ -78,9 +74,7 @@ def synthetic(context: Context, sources: dict[int, Source], samples: dict[int, T
 
 
 @torch.no_grad()
-def predict(net: nn.Module, pixels: Tensor, batch: int = 500) -> Tensor:
-    """The most likely output of each uint8 image (N, C, H, W) -> (N,), on the CPU."""
-    net.eval()
-    device = next(net.parameters()).device
-    parts = [net(to_floats(part.to(device))).argmax(1).cpu() for part in pixels.split(batch)]
+def predict(logits: Callable[[Tensor], Tensor], pixels: Tensor, device: torch.device, batch: int = 500) -> Tensor:
+    """The likeliest output of each uint8 image (N, C, H, W) -> (N,), on the CPU; a network is in eval mode."""
+    parts = [logits(to_floats(part.to(device))).argmax(1).cpu() for part in pixels.split(batch)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -157,8 +157,8 @@ def _run(context: Context, generator: Generator) -> dict:
             if k:
                 images, origin = synthetic(context, sources, samples)
         _, predicted, true = train_classifier(context, seen, images, origin)
-        if net := generator.classifier(seen):
-            answers = torch.tensor(seen)[predict(net, dataset.test.of(seen).pixels)]
+        if logits := generator.classifier(seen):
+            answers = torch.tensor(seen)[predict(logits, dataset.test.of(seen).pixels, context.runtime.device)]
             own.append(mean(scores.accuracy_per_task(answers, true, done)))
         clock.append(context.total_seconds)
         matrix.append(scores.accuracy_per_task(predicted, true, done))
@@ -166,7 +166,7 @@ def _run(context: Context, generator: Generator) -> dict:
         report(
             {"event": "accuracy", "task": k + 1, "of": len(context.tasks), "classes": new, "per_task": matrix[-1]}
             | {"average": mean(matrix[-1])}
-            | ({"own_average": own[-1]} if net else {})
+            | ({"own_average": own[-1]} if logits else {})
             | {"recognition": {str(cls): value for cls, value in recognised.items()}}
             | {"seconds": {name: round(after - before, 3) for name, before, after in spent}}
         )

@@ -32,7 +32,8 @@ def accuracy_per_task(predicted: Tensor, true: Tensor, tasks: list[list[int]]) -
 
 def recognition(judge: nn.Module, order: list[int], samples: Tensor, cls: int) -> float:
     """Share of a class's samples that the classifier trained on real images takes for that class."""
-    return (torch.tensor(order)[predict(judge, samples)] == cls).float().mean().item()
+    device = next(judge.parameters()).device
+    return (torch.tensor(order)[predict(judge, samples, device)] == cls).float().mean().item()
 
 
 @torch.no_grad()

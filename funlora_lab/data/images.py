@@ -45,6 +45,11 @@ class Images:
         """Only the images of these indices, or where a mask (N,) is true."""
         return Images(self.pixels[index], self.labels[index])
 
+    def on(self, device: torch.device, order: list[int]) -> tuple[Tensor, Tensor]:
+        """(pixels, the places of their labels in ``order`` (N,)) on a device, for a training."""
+        places = torch.tensor([order.index(cls) for cls in self.labels.tolist()])
+        return self.pixels.to(device), places.to(device)
+
     def divided(self, fraction: float) -> tuple["Images", "Images"]:
         """(the rest, a fixed share of every class): what is held out is the same for every seed of an experiment."""
         held = torch.zeros(len(self), dtype=torch.bool)

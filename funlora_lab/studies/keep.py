@@ -98,7 +98,7 @@ def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
             drawn["losses"] = plots.training_curves(lines, "Adapters of the later classes")
     if run.results["LA"] is not None:
         averages = average_accuracies(run.results["accuracy"])
-        drawn["accuracy"] = plots.accuracy_per_task({run.experiment.method: averages})
+        drawn["accuracy"] = plots.accuracy_per_task({"": {run.experiment.method: averages}})
         drawn["confusion"] = plots.confusion(run.results["confusion"], names)
     return drawn
 

@@ -140,7 +140,7 @@ def heatmaps(
 ):
     """(figure, axes): tables by title, with the numbers from ``least`` up written in; ``scale``: vmin, vmax of all.
 
-    ``unit`` is what the numbers count: with it every table has its scale of colours beside it.
+    ``unit`` is what the numbers count: with it the scale of colours stands beside every table, or once for all.
     """
     columns = sum(table.shape[1] for table in tables.values())
     figure, axes = drawing(width, height, 1, len(tables), width_ratios=[table.shape[1] for table in tables.values()])
@@ -156,8 +156,9 @@ def heatmaps(
             if value >= least:
                 colour = "white" if image.norm(value) > 0.6 else INK
                 axis.text(j, i, form.format(value), ha="center", va="center", fontsize=7, color=colour)
-        if unit:
-            figure.colorbar(image, ax=axis, label=unit, pad=0.02).outline.set_visible(False)
+        if unit and (not scale or axis is axes[0, -1]):
+            beside = list(axes[0]) if scale else axis
+            figure.colorbar(image, ax=beside, label=unit, pad=0.02).outline.set_visible(False)
     return figure, axes[0]
 
 
@@ -209,14 +210,18 @@ def training_curves(losses: dict[str, tuple[Sequence[float], Sequence[float]]], 
     return figure
 
 
-def accuracy_per_task(averages: dict[str, Sequence[float | None]]) -> Drawing:
-    """A_k of Eq. 22 against the task number, one line a name; a task that was not scored has None and no mark."""
-    figure, axis = chart(6.8, 3.6, "task", "accuracy over classes seen")
-    for i, (name, values) in enumerate(averages.items()):
-        axis.plot(range(1, len(values) + 1), np.array(values, float), **style(i, 4, label=short(name)))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set(ylim=(0, 1.02))
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
+def accuracy_per_task(panels: dict[str, dict[str, Sequence[float | None]]]) -> Drawing:
+    """A_k of Eq. 22 against the task number: a panel a title, a line a name; a task not scored has None and no mark."""
+    figure, axes = drawing(3.4 + 3.5 * len(panels), 3.6, 1, len(panels), sharey=True)
+    for axis, (title, averages) in zip(axes[0], panels.items(), strict=True):
+        for i, (name, values) in enumerate(averages.items()):
+            look = style(i, 4, label=short(name), linestyle=("-", "--")[i % 2])  # two that coincide are both seen
+            axis.plot(range(1, len(values) + 1), np.array(values, float), **look)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.set(xlabel="task", ylim=(0, 1.02))
+        axis.set_title(title, fontsize=10)
+    axes[0, 0].set_ylabel("accuracy over classes seen")
+    legend(figure, "outside right center")
     return figure
 
 

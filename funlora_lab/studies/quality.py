@@ -260,7 +260,7 @@ def plot_neighbours(rows: Sequence[tuple[str, Tensor, Tensor, Sequence[float]]])
 def plot_recognition(tables: dict[str, pd.DataFrame]) -> plots.Drawing:
     """A heatmap a method: recognition of every class (rows) after every task (columns), blank before it is learned."""
     least = min(table.min(axis=None) for table in tables.values())
-    size = 3.9 * len(tables) + 0.6, 0.29 * max(map(len, tables.values())) + 1.1
+    size = 3.2 * len(tables) + 1.3, 0.29 * max(map(len, tables.values())) + 1.1
     figure, axes = plots.heatmaps(tables, *size, unit="share recognised", vmin=least, vmax=1)
     for axis in axes:
         axis.set_xlabel("after task")

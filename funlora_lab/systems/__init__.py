@@ -8,9 +8,8 @@ from funlora_lab.systems.adapted import AdaptedBase
 from funlora_lab.systems.baselines import FineTune, GenerativeMultitask, RealData, SelfReplay
 from funlora_lab.systems.classifier import augment, build_classifier
 from funlora_lab.systems.ddgr import Ddgr
-from funlora_lab.systems.denoiser import DiffusionReplay
+from funlora_lab.systems.denoiser import DiffusionReplay, Guide
 from funlora_lab.systems.generator import SYSTEMS, Batch, Context, Generator, Source, all_methods, check_method, system
-from funlora_lab.systems.guide import Guide
 from funlora_lab.systems.jdcl import Jdcl
 from funlora_lab.systems.network import WholeNetwork, build_unet, meta_unet, noisy_batch, unet_settings
 from funlora_lab.systems.sampling import draw, draw_chunk, sample_artefact, solver_of

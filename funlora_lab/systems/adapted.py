@@ -119,11 +119,7 @@ class AdaptedBase(WholeNetwork):
         for artefact in missing.values():
             write_atomically(artefact.folder / "group.json", canonical(keys).encode())
 
-        def make() -> None:
-            rows, facts = self.adapter_trainer(group, classes).fit()
-            group.finish(rows, **facts)
-
-        self.context.ready(group, make)
+        self.context.ready(group, lambda: self.adapter_trainer(group, classes).finish())
         rows, facts = group.result()
         facts |= {"seconds": facts["seconds"] / len(classes), "side_by_side": len(classes)}
         rows = dict(zip(classes, unstack(rows, len(classes)), strict=True))

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from funlora_lab.data import to_floats
-from funlora_lab.diffusion import Guidance
 from funlora_lab.seeds import Shuffle
-from funlora_lab.systems.classifier import Replay
-from funlora_lab.systems.denoiser import DiffusionReplay
+from funlora_lab.systems.denoiser import DiffusionReplay, Replay
 from funlora_lab.systems.generator import Source, system
 
 
@@ -30,16 +28,15 @@ class Ddgr(DiffusionReplay):
         def score(noisy: Tensor) -> Tensor:
             return scale * torch.log_softmax(guiding.logits(noisy).float(), 1)[:, position]
 
-        key = f"{source.key}:{guiding.key}:{scale:g}"
-        return source._replace(key=key, solver=replace(self.sampler, guide=Guidance(score, predicted=False)))
+        return source._replace(key=f"{source.key}:{guiding.key}:{scale:g}", solver=replace(self.sampler, score=score))
 
-    def replay(self, task: int) -> Replay:
+    def replay(self, task: int, batch: int) -> Replay:
         """Half of every batch from a fixed set: the images that the generator is trained on afterwards."""
         e, device = self.context.experiment, self.context.runtime.device
         self.guiding = copy.copy(self.lasting)  # as it is before it learns the task
         self.guiding.net = copy.deepcopy(self.lasting.net)
         parts, given = self.draw({cls: self.replayed(cls) for cls in self.labels})
-        pixels, half = torch.cat([part.pixels for part in parts]).to(device), self.batch(task) // 2
+        pixels, half = torch.cat([part.pixels for part in parts]).to(device), batch // 2
         shuffle = Shuffle(len(pixels), e.seed, "replay", task)
 
         def drawn(step: int) -> tuple[Tensor, Tensor]:

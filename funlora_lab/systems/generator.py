@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from funlora_lab.adapters import METHODS, Row, source_text
 from funlora_lab.data import Dataset
@@ -70,6 +70,13 @@ class Context:
                 artefact.forget_progress()
         self.replay(artefact)
 
+    def tensors(self, artefact: Artefact, make: Callable[[], None]) -> dict[str, Tensor]:
+        """Those of an artefact that this run uses, made ``ready`` first; its seconds count."""
+        self.ready(artefact, make)
+        tensors, facts = artefact.result()
+        self.seconds[artefact.key] = facts["seconds"]
+        return tensors
+
 
 class Source(NamedTuple):
     """Where a class's images come from."""
@@ -121,8 +128,8 @@ class Generator:
         """The training loss of every image (B,): Eq. 1, unless a system distils or trains jointly."""
         return flow_loss(velocity, batch.x1, batch.x0, batch.t)
 
-    def classifier(self, seen: list[int]) -> nn.Module | None:
-        """A system's own classifier of the classes seen, scored beside the protocol's; None where it has none."""
+    def classifier(self, seen: list[int]) -> Callable[[Tensor], Tensor] | None:
+        """Its own, scored beside the protocol's: images (B, C, H, W) in [-1, 1] -> logits (B, K) of those seen."""
         return None
 
 

@@ -10,7 +10,8 @@ sees is augmented as the preset's classifier is; and no weights are chosen by te
 Letters: B images, C channels, H x W pixels, K classes (outputs of the head, also those not yet seen).
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,19 @@ from funlora_lab.data import Images, to_bytes, to_floats
 from funlora_lab.diffusion import Noise
 from funlora_lab.errors import LabError
 from funlora_lab.seeds import seeded, stream
-from funlora_lab.store import Artefact
 from funlora_lab.systems.baselines import SelfReplay, evened
-from funlora_lab.systems.classifier import Answers, augment
+from funlora_lab.systems.classifier import augment
 from funlora_lab.systems.denoiser import Denoiser
 from funlora_lab.systems.generator import Batch, Source, system
 from funlora_lab.systems.network import build_unet
+from funlora_lab.systems.sampling import stored_chunk
 from funlora_lab.training import autocast, prepared
-from funlora_lab.unet import UNet
 
 
 class Joint(nn.Module):
     """A U-Net of one label, and a head on the means over pixels of all its encoder's outputs."""
 
-    def __init__(self, unet: UNet, example: Tensor, hidden: int, classes: int, dropout: float):
+    def __init__(self, unet: nn.Module, example: Tensor, hidden: int, classes: int, dropout: float):
         super().__init__()
         self.unet = unet
         width = self.features(example).shape[1]
@@ -42,16 +42,16 @@ class Joint(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Of clean images (B, C, H, W) at time 0."""
-        _, skips, middle = self.unet.encode(x.new_zeros(()), x, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        _, skips, middle = self.unet.encode(x.new_zeros(()), x, x.new_zeros(len(x), dtype=torch.long))
         return torch.cat([h.mean((2, 3)) for h in (*skips, middle)], 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, K) of clean images (B, C, H, W)."""
         return self.head(self.features(x))
 
-    def forward(self, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The noise predicted in x (B, C, H, W) at times t (B,); of the classes y (B,) it sees nothing."""
-        return self.unet(t, x, torch.zeros_like(y))
+        return self.unet(t, x, x.new_zeros(len(x), dtype=torch.long))
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def global_loss(
     """Of every image (B,), with the noise ``taught`` (B, C, H, W) and ``shares`` (B, K) of the classes by its teacher.
 
     The mean over the batch is the published sum: 0.01 of the noise loss, 2 n_i / n of either teacher's mean squared
-    difference over its own n_i of n images, 0.001 of the same sum of cross-entropies, and 1e-5 of the labels' own when
+    difference over its own n_i of n images, 0.001 of the same sum of cross-entropies, and 1e-5 of the labels' own where
     the training is ``late``, in its last two thirds.
     """
     distilled = -(shares * torch.log_softmax(logits.float(), 1)).sum(1)
@@ -78,16 +78,11 @@ def global_loss(
     return loss + (1e-5 * F.cross_entropy(logits.float(), y, reduction="none") if late else 0)
 
 
-def chosen(shares: Tensor, quota: int) -> list[Tensor]:
-    """For each class the indices of ``quota`` of N images, by their shares (N, K): the first that are taken for it.
-
-    Where those are too few, the likeliest of all others stand in, so that a class never predicted ends no training.
-    """
-    found = []
-    for k, best in enumerate(shares.argmax(1) == torch.arange(shares.shape[1])[:, None]):
-        others = shares[:, k].masked_fill(best, -1).argsort(descending=True, stable=True)
-        found.append(torch.cat([best.nonzero()[:, 0], others])[:quota])
-    return found
+def chosen(shares: Tensor, k: int, quota: int) -> Tensor:
+    """Indices of ``quota`` of N images for class k, by their shares (N, K): those taken for it, then the likeliest."""
+    mine = shares.argmax(1) == k
+    others = shares[:, k].masked_fill(mine, -1).argsort(descending=True, stable=True)  # of a class never predicted all
+    return torch.cat([mine.nonzero()[:, 0], others])[:quota]
 
 
 @system("jdcl", "one diffusion model with a classifying head, distilled from the previous one and that of the new task")
@@ -105,20 +100,19 @@ class Jdcl(Denoiser, SelfReplay):
         context, e, new = self.context, self.context.experiment, self.context.tasks[task]
         real, seen = context.dataset.train.of(new), self.labels + new
         if task == 0:
-            net, key = self.stage("base", seen, real, e.base.steps, None)
-            return self.adopt(net, key, seen)
-        start, given = (self.net, {}) if e.prior.local_start == "previous" else (None, {"start": "scratch"})
-        steps = -(-e.adapter.images * len(new) // e.base.batch)
-        local, key = self.stage(f"local-{task + 1}", seen, real, steps, start, **given)
-        sources = {cls: self.source(cls) for cls in self.labels} | self.sources(local, key, new, seen)
-        parts, replayed = self.draw(sources)
-        self.teachers = self.net, local
-        images, given = evened(parts, e.seed, task), replayed | {"local": key}
-        net, key = self.stage(f"global-{task + 1}", seen, images, self.steps(task), self.net, **given)
-        self.teachers = None
-        self.adopt(net, key, seen)
+            net, key = self.stage("base", seen, real, e.base.steps)
+        else:
+            start, given = (None, {"start": "scratch"}) if e.prior.local_start == "scratch" else (self.net, {})
+            steps = -(-e.adapter.images * len(new) // e.base.batch)
+            local, key = self.stage(f"local-{task + 1}", seen, real, steps, start, **given)
+            parts, given = self.draw(self.drawn | self.sources(local, key, new, seen))
+            images, self.teachers = evened(parts, e.seed, task), (self.net, local)
+            net, key = self.stage(f"global-{task + 1}", seen, images, self.steps(task), self.net, **given, local=key)
+            self.teachers = None
+        self.net, self.key, self.labels = net, key, seen
+        self.drawn = self.sources(net, key, seen, seen)
 
-    def stage(self, name: str, labels: list[int], images: Images, steps: int, start: Joint | None, **inputs):
+    def stage(self, name: str, labels: list[int], images: Images, steps: int, start: Joint | None = None, **inputs):
         """(a network trained on ``images`` from the weights of ``start`` or from scratch, its artefact's key)."""
         e, classes = self.context.experiment, len(self.context.classes)
         unet, example = build_unet(e, 1), torch.zeros(1, e.channels, e.image_size, e.image_size)
@@ -127,80 +121,67 @@ class Jdcl(Denoiser, SelfReplay):
             net = Joint(unet, example, hidden, classes, e.network.dropout)
         if start:
             net.load_state_dict(start.state_dict())
-        settings = {"hidden": hidden, "classes": classes, "crop": e.classifier.crop}
-        artefact = self.artefact(name, labels, steps, head=settings, **inputs)
+        head = {"hidden": hidden, "classes": classes, "crop": e.classifier.crop}
+        artefact = self.artefact(name, labels, steps, head=head, **inputs)
         self.student, self.late = net, steps / 3
         self.fit(artefact, net, labels, images, steps, name)
         return prepared(net, self.context.runtime.device).eval().requires_grad_(False), artefact.key
 
     def loss(self, network: Noise, batch: Batch) -> Tensor:
-        e, schedule, device = self.context.experiment, self.sampler.schedule, batch.x1.device
+        schedule, shown = self.sampler.schedule, augment(batch.x1, self.context.experiment, batch.seed)
         t = (batch.t * schedule.T).long()
         noisy = schedule.noised(batch.x1, batch.x0, t)
-        shown = augment(batch.x1, e, batch.seed)
         predicted, logits = network(t.float(), noisy), self.student.logits(shown)
         if not self.teachers:
             return local_loss(predicted, batch.x0, logits, batch.y)
-        taught, shares = torch.zeros_like(batch.x0), torch.zeros(logits.shape, device=device)
+        taught, shares = torch.zeros_like(batch.x0), torch.zeros_like(logits, dtype=torch.float)
         old = batch.y < len(self.labels)
         for teacher, mine in zip(self.teachers, (old, ~old), strict=True):
             with torch.no_grad():
-                taught[mine] = teacher(t[mine].float(), noisy[mine], batch.y[mine]).float()
+                taught[mine] = teacher(t[mine].float(), noisy[mine]).float()
                 shares[mine] = teacher.logits(shown[mine]).float().softmax(1)
         return global_loss(predicted, batch.x0, logits, batch.y, taught, shares, batch.step >= self.late)
-
-    def adopt(self, net: Joint, key: str, labels: list[int]) -> None:
-        self.net, self.key, self.labels = net, key, labels
-        self.drawn = self.sources(net, key, labels, labels)
 
     def source(self, cls: int) -> Source:
         return self.drawn[cls]
 
     def sources(self, net: Joint, key: str, classes: list[int], seen: list[int]) -> dict[int, Source]:
-        """Where images of ``classes`` come from when ``net`` draws them, its head having learned ``seen`` in order."""
-        e, device, sampler = self.context.experiment, self.context.runtime.device, self.sampler
-        places = torch.tensor([seen.index(cls) for cls in classes])
-        given = {"weights": key, "seed": e.seed, "chunk": e.chunk, "precision": e.precision, "classes": places.tolist()}
-        artefact = self.context.store.artefact("pool", **given, **sampler.identity)
-        pool: list[dict[str, Tensor]] = []  # the chunks read so far
+        """Where images of ``classes`` come from when ``net`` draws them, its head having learned ``seen`` in order.
 
-        def velocity() -> Noise:
-            return lambda t, x: net(t, x, torch.zeros(len(x), dtype=torch.long, device=device))
+        All share one pool of images drawn without a class. It grows until the head takes enough of them for every
+        class, at most to twice as many as are asked for.
+        """
+        context, e, sampler = self.context, self.context.experiment, self.sampler
+        device, places = context.runtime.device, [seen.index(cls) for cls in classes]
+        given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | sampler.identity
+        artefact = context.store.artefact("pool", weights=key, classes=places, **given)
+
+        @cache
+        def pool(n: int) -> dict[str, Tensor]:
+            """Its chunk n: images (chunk, C, H, W), and their shares (chunk, classes) by the head."""
+
+            def make() -> tuple[dict[str, Tensor], dict]:
+                x0 = torch.randn(e.chunk, e.channels, e.image_size, e.image_size, generator=stream(e.seed, "pool", n))
+                with autocast(e.precision, device), torch.no_grad():
+                    images = to_bytes(sampler.integrate(net, x0.to(device))[0])
+                    shares = net.logits(to_floats(images)).float().softmax(1)[:, places]
+                return {"images": images.cpu(), "shares": shares.cpu()}, {}
+
+            return stored_chunk(context, artefact, n, make)[0]
 
         def chunk(position: int, i: int) -> tuple[Tensor, int]:
-            quota = (i + 1) * e.chunk
-            for n in range(2 * (i + 1) * len(classes)):  # at most twice as many images as are asked for
-                if n == len(pool):
-                    pool.append(self._pool_chunk(artefact, net, velocity(), places.to(device), n))
-                shares = torch.cat([part["shares"] for part in pool[: n + 1]])
-                if shares.argmax(1).bincount(minlength=len(classes)).min() >= quota:
+            quota, found = (i + 1) * e.chunk, torch.zeros(len(classes))
+            for n in range(2 * (i + 1) * len(classes)):
+                found += pool(n)["shares"].argmax(1).bincount(minlength=len(classes))
+                if found.min() >= quota:
                     break
-            images = torch.cat([part["images"] for part in pool[: n + 1]])
-            mine = chosen(shares, quota)[position][i * e.chunk :]
+            images, shares = (torch.cat([pool(k)[name] for k in range(n + 1)]) for name in ("images", "shares"))
+            mine = chosen(shares, position, quota)[i * e.chunk :]
             return to_floats(images[mine]), round(sampler.evaluations * len(images) / (len(classes) * quota))
 
-        given = [(cls, partial(chunk, position)) for position, cls in enumerate(classes)]
-        return {cls: Source(f"{key}:{cls}", velocity, sampler, chunk) for cls, chunk in given}
+        return {cls: Source(f"{key}:{cls}", lambda: net, sampler, partial(chunk, k)) for k, cls in enumerate(classes)}
 
-    def _pool_chunk(self, artefact: Artefact, net: Joint, network: Noise, places: Tensor, n: int) -> dict[str, Tensor]:
-        """One chunk of images drawn without a class, and what the head makes of them (chunk, classes)."""
-        e, runtime = self.context.experiment, self.context.runtime
-        path = artefact.folder / f"chunk-{n:05d}.safetensors"
-        if not path.exists():
-            self.context.may_make(artefact)
-            with artefact.held(runtime.check, runtime.tell):
-                x0 = torch.randn(e.chunk, e.channels, e.image_size, e.image_size, generator=stream(e.seed, "pool", n))
-                with autocast(e.precision, runtime.device), torch.no_grad():
-                    images = to_bytes(self.sampler.integrate(network, x0.to(runtime.device))[0])
-                    shares = net.logits(to_floats(images)).float().softmax(1)[:, places]
-                artefact.write(path, {"images": images.cpu(), "shares": shares.cpu()}, {"chunk": n})
-            runtime.check()
-        return artefact.read(path)[0]
+    def classifier(self, seen: list[int]) -> Callable[[Tensor], Tensor]:
+        return lambda x: self.net.logits(x)[:, : len(seen)]
 
-    def classifier(self, seen: list[int]) -> nn.Module:
-        net, count = self.net, len(seen)
-        return Answers(net, lambda x: net.logits(x)[:, :count])
-
-    @property
-    def parameters_per_class(self) -> int:
-        return self.net.head[-1].in_features + 1  # of the head; all others are trained again
+    parameters_per_class = property(lambda self: self.net.head[-1].in_features + 1)  # the rest is trained again

@@ -105,14 +105,9 @@ class WholeNetwork(Generator):
         def make() -> None:
             if "weights" in artefact.inputs:
                 load_base(net, read_checkpoint(e.base_weights), e.base_weights)
-            weights, facts = self.trainer(artefact, net, labels, images, steps, name).fit()
-            artefact.finish(weights, **facts, batch=e.base.batch, processes=team.size)
-            team.wait()
+            self.trainer(artefact, net, labels, images, steps, name).finish(batch=e.base.batch, processes=team.size)
 
-        context.ready(artefact, make)
-        weights, facts = artefact.result()
-        net.load_state_dict(weights)
-        context.seconds[artefact.key] = facts["seconds"]
+        net.load_state_dict(context.tensors(artefact, make))
 
     def trainer(self, artefact: Artefact, net: UNet, labels: list[int], images: Images, steps: int, name: str):
         """The training of the whole network; of several processes each computes its part of every batch."""
@@ -120,8 +115,7 @@ class WholeNetwork(Generator):
         device, team, B = runtime.device, runtime.team, e.base.batch
         team.check(artefact.state_file, B)
         model = team.wrap(prepared(net, device).train())
-        pixels = images.pixels.to(device)
-        positions = torch.tensor([labels.index(cls) for cls in images.labels.tolist()]).to(device)
+        pixels, positions = images.on(device, labels)
         shuffle = Shuffle(len(images), e.seed, name, "order")
 
         def inputs_at(step: int) -> Inputs:

@@ -5,6 +5,8 @@ are asked for, on other classes or on the task after which it is drawn.
 """
 
 import time
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -38,35 +40,42 @@ def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device, 
         return (solver or solver_of(e)).integrate(velocity, x0.to(device))
 
 
+def stored_chunk(context: Context, artefact: Artefact, chunk: int, make: Callable) -> tuple[dict, dict, bool]:
+    """(tensors, facts, whether it was missing) of one chunk of an artefact; ``make()`` draws it: (tensors, facts)."""
+    path, runtime = artefact.folder / f"chunk-{chunk:05d}.safetensors", context.runtime
+    if fresh := not path.exists():
+        context.may_make(artefact)
+        with artefact.held(runtime.check, runtime.tell), memory_for("chunk"):
+            if not path.exists():
+                tensors, facts = make()
+                artefact.write(path, tensors, facts | {"chunk": chunk})
+    tensors, facts = artefact.read(path)
+    if facts.get("chunk", chunk) != chunk:
+        raise Damaged(path, f"{path} is foreign: it holds chunk {facts['chunk']}")
+    if fresh:
+        runtime.check()
+    return tensors, facts, fresh
+
+
 def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor, float]:
     """The first ``count`` images of a class: (uint8 (count, C, H, W), seconds that their chunks took when drawn)."""
     e, runtime = context.experiment, context.runtime
-    artefact, velocity, images, seconds = sample_artefact(context, source, cls), None, [], 0.0
+    artefact, images, seconds = sample_artefact(context, source, cls), [], 0.0
+    velocity = cache(lambda: replayed(source.velocity(), runtime.device))
+
+    def make(chunk: int) -> tuple[dict[str, Tensor], dict]:
+        begun = time.monotonic()
+        if source.chunk:
+            drawn, evaluations = source.chunk(chunk)
+        else:
+            drawn, evaluations = draw_chunk(velocity(), e, cls, chunk, runtime.device, source.solver)
+        return {"images": to_bytes(drawn).cpu()}, {"evaluations": evaluations, "seconds": time.monotonic() - begun}
+
     for chunk in range(-(-count // e.chunk)):
-        path = artefact.folder / f"chunk-{chunk:05d}.safetensors"
-        fresh = not path.exists()
-        if fresh:
-            context.may_make(artefact)
-            with artefact.held(runtime.check, runtime.tell), memory_for("chunk"):
-                if not path.exists():
-                    velocity = velocity or replayed(source.velocity(), runtime.device)
-                    begun = time.monotonic()
-                    if source.chunk:
-                        drawn, evaluations = source.chunk(chunk)
-                    else:
-                        drawn, evaluations = draw_chunk(velocity, e, cls, chunk, runtime.device, source.solver)
-                    pixels = to_bytes(drawn).cpu()
-                    facts = {"evaluations": evaluations, "seconds": time.monotonic() - begun, "chunk": chunk}
-                    artefact.write(path, {"images": pixels}, facts)
-        tensors, facts = artefact.read(path)
-        if facts.get("chunk", chunk) != chunk:
-            raise Damaged(path, f"{path} is foreign: it holds chunk {facts['chunk']}")
+        tensors, facts, fresh = stored_chunk(context, artefact, chunk, partial(make, chunk))
         images.append(tensors["images"])
         seconds += facts["seconds"]
         event = {"event": "samples", "class": cls, "drawn": min(count, (chunk + 1) * e.chunk), "of": count}
-        event |= {"artefact": artefact.name}
-        event |= {"evaluations": facts["evaluations"], "seconds": round(seconds, 3)}
+        event |= {"artefact": artefact.name, "evaluations": facts["evaluations"], "seconds": round(seconds, 3)}
         runtime.report(event if fresh else {**event, "replayed": True})
-        if fresh:
-            runtime.check()
     return torch.cat(images)[:count], seconds

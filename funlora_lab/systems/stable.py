@@ -26,31 +26,32 @@ from funlora_lab.training import Inputs, Plan, Trainer, autocast
 PARTS = ("unet", "vae", "text_encoder")
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]  # the layers with a LoRA
 TOGETHER = 16  # images drawn at once
-ACCEPTED = "accepted is a folder with the weights of Stable Diffusion 1.x as safetensors files"
 
 
-@system(
-    "stable-diffusion", "Stable Diffusion 1.x from a folder, a LoRA a task: like DiffClass, parts of which are missing"
-)
+@system("stable-diffusion", "Stable Diffusion 1.x from a folder, a LoRA a task: like DiffClass, with parts missing")
 class StableDiffusion(Generator):
     rate = 1e-4  # Adam's, where adapter_lr is 0
 
     folder = property(lambda self: Path(self.context.experiment.prior.stable_diffusion))
 
+    def files(self, part: str, ending: str = "safetensors") -> list[Path]:
+        return sorted((self.folder / part).glob(f"*.{ending}"))
+
+    def refusal(self, why: str) -> LabError:
+        accepted = "accepted is a folder with the weights of Stable Diffusion 1.x as safetensors files"
+        return LabError(f"stable_diffusion={self.context.experiment.prior.stable_diffusion}: {why}{accepted}.")
+
     def check(self) -> None:
-        folder = self.folder
         if not self.context.experiment.prior.stable_diffusion:
-            raise LabError(f"stable_diffusion=: {ACCEPTED}.")
+            raise self.refusal("")
         if missing := [name for name in ("diffusers", "peft", "transformers") if not find_spec(name)]:
             raise LabError(f"stable-diffusion needs {missing[0]}: pip install 'funlora-lab[diffclass]'.")
-        if not folder.is_dir():
-            raise LabError(f"stable_diffusion={folder}: there is no such folder; {ACCEPTED}.")
-        if not (folder / "model_index.json").is_file():
-            raise LabError(f"stable_diffusion={folder}: it has no model_index.json; {ACCEPTED}.")
-        for part in PARTS:
-            if not list((folder / part).glob("*.safetensors")):
-                pickled = " but pickled ones (.bin), which are never loaded" * any((folder / part).glob("*.bin"))
-                raise LabError(f"stable_diffusion={folder}: {part} has no safetensors files{pickled}; {ACCEPTED}.")
+        why = "it has no model_index.json" if self.folder.is_dir() else "there is no such folder"
+        if not (self.folder / "model_index.json").is_file():
+            raise self.refusal(f"{why}; ")
+        if lacking := [part for part in PARTS if not self.files(part)]:
+            pickled = " but pickled ones (.bin), which are never loaded" * bool(self.files(lacking[0], "bin"))
+            raise self.refusal(f"{lacking[0]} has no safetensors files{pickled}; ")
 
     @cached_property
     def pipe(self):
@@ -58,24 +59,22 @@ class StableDiffusion(Generator):
         from diffusers import DDIMScheduler, StableDiffusionPipeline
         from peft import LoraConfig
 
-        rank = self.context.experiment.lora_attention_rank
-        stored = [parse_tensors(path)[0].keys() for path in (self.folder / "unet").glob("*.safetensors")]
         given = {"local_files_only": True, "use_safetensors": True, "safety_checker": None, "feature_extractor": None}
         try:
             pipe = StableDiffusionPipeline.from_pretrained(self.folder, requires_safety_checker=False, **given)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as reason:
-            why = str(reason).strip().splitlines()[0]
-            raise LabError(f"stable_diffusion={self.folder}: diffusers cannot load it ({why}).") from None
-        if lacking := pipe.unet.state_dict().keys() - set().union(*stored):  # diffusers would make them up
-            raise LabError(f"stable_diffusion={self.folder}: {len(lacking)} weights of its unet are missing.")
+            raise self.refusal(f"diffusers cannot load it ({str(reason).strip().splitlines()[0]}); ") from None
+        stored = {name for path in self.files("unet") for name in parse_tensors(path)[0]}
+        if lacking := pipe.unet.state_dict().keys() - stored:  # diffusers would make them up
+            raise self.refusal(f"{len(lacking)} weights of its unet are missing; ")
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         for part in PARTS:
             getattr(pipe, part).requires_grad_(False)
+        rank = self.context.experiment.lora_attention_rank
+        lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
         with seeded(self.context.experiment.seed, "lora"):
-            pipe.unet.add_adapter(
-                LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
-            )
+            pipe.unet.add_adapter(lora)
         return pipe.to(self.context.runtime.device)
 
     @cached_property
@@ -85,7 +84,7 @@ class StableDiffusion(Generator):
 
     @cached_property
     def weights_key(self) -> str:
-        paths = sorted(path for part in PARTS for path in (self.folder / part).glob("*.safetensors"))
+        paths = sorted(path for part in PARTS for path in self.files(part))
         return key_of({"files": [hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in paths]})
 
     def prompt(self, cls: int) -> str:
@@ -96,11 +95,6 @@ class StableDiffusion(Generator):
         """Of a class's prompt (1, tokens, width)."""
         return self.pipe.encode_prompt(self.prompt(cls), self.context.runtime.device, 1, False)[0]
 
-    @torch.no_grad()
-    def use(self, row: dict[str, Tensor]) -> None:
-        for name, value in self.numbers.items():
-            value.copy_(row[name])
-
     def learn(self, task: int) -> None:
         context, e, new = self.context, self.context.experiment, self.context.tasks[task]
         given = {"weights": self.weights_key, "rank": e.lora_attention_rank, "size": e.prior.stable_size}
@@ -108,16 +102,7 @@ class StableDiffusion(Generator):
         artefact = context.store.artefact("adapter", prompts=[self.prompt(c) for c in new], **context.inputs, **given)
         if task == 0:
             self.first = {name: value.detach().clone() for name, value in self.numbers.items()}
-
-        def make() -> None:
-            self.use(self.first)
-            weights, facts = self.trainer(artefact, task).fit()
-            artefact.finish(weights, **facts)
-
-        context.ready(artefact, make)
-        row, facts = artefact.result()
-        context.seconds[artefact.key] = facts["seconds"]
-        self.rows |= dict.fromkeys(new, row)
+        self.rows |= dict.fromkeys(new, context.tensors(artefact, lambda: self.trainer(artefact, task).finish()))
         self.keys |= dict.fromkeys(new, artefact.key)
         frozen = {name: value for name, value in self.pipe.unet.state_dict().items() if "lora_" not in name}
         self.net, self.key = SimpleNamespace(state_dict=lambda: frozen), self.weights_key
@@ -126,9 +111,9 @@ class StableDiffusion(Generator):
         from diffusers import DDPMScheduler
 
         e, device, pipe = self.context.experiment, self.context.runtime.device, self.pipe
+        pipe.unet.load_state_dict(self.first, strict=False)
         new, real = self.context.tasks[task], self.context.dataset.train.of(self.context.tasks[task])
-        labels = torch.tensor([new.index(cls) for cls in real.labels.tolist()]).to(device)
-        pixels = real.pixels.to(device)
+        pixels, labels = real.on(device, new)
         prompts, B = torch.cat([self.embedding(cls) for cls in new]), e.adapter.batch
         shuffle, schedule = Shuffle(len(real), e.seed, "lora", task), DDPMScheduler.from_config(pipe.scheduler.config)
 
@@ -161,20 +146,20 @@ class StableDiffusion(Generator):
 
         def velocity() -> Velocity:
             """What the certificate looks at: the U-Net on images in place of latents, with channels of zeros."""
-            self.use(self.rows[cls])
+            unet.load_state_dict(self.rows[cls], strict=False)
             text, more = self.embedding(cls), (0, 0, 0, 0, 0, channels - e.channels)
             return lambda t, x: unet(F.pad(x, more), 1000 * t, text.expand(len(x), -1, -1)).sample[:, : e.channels]
 
         def chunk(i: int) -> tuple[Tensor, int]:
-            self.use(self.rows[cls])
+            unet.load_state_dict(self.rows[cls], strict=False)
             side, parts = size // self.pipe.vae_scale_factor, []
             for latents in noise(e.seed, cls, i, (e.chunk, channels, side, side)).split(TOGETHER):
                 latents, text = latents.to(self.context.runtime.device), [self.prompt(cls)] * len(latents)
                 images = self.pipe(text, latents=latents, output_type="pt", **given).images.float()
                 parts.append(F.interpolate(images, (e.image_size,) * 2, mode="bicubic", antialias=True))
             images = 2 * torch.cat(parts) - 1
-            images = images.mean(1, keepdim=True) if e.channels == 1 else images
-            return images, steps * (2 if own.prompt_guidance > 1 else 1)  # with the prompt and without
+            evaluations = steps * (2 if own.prompt_guidance > 1 else 1)  # with the prompt and without
+            return images.mean(1, keepdim=True) if e.channels == 1 else images, evaluations
 
         return Source(key_of(given | {"lora": self.keys[cls], "prompt": self.prompt(cls)}), velocity, chunk=chunk)
 

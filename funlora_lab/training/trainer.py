@@ -184,3 +184,9 @@ class Trainer:
                 raise Stopped(reason)
         result = {name: value.detach() for name, value in (self.average or self.parameters).items()}
         return result, {"seconds": self.seconds, "steps": self.plan.steps}
+
+    def finish(self, result: dict[str, Tensor] | None = None, **more) -> None:
+        """``fit``, and keep what it gives, or other tensors that were trained in place, as the artefact's result."""
+        weights, facts = self.fit()
+        self.artefact.finish(result or weights, **facts, **more)
+        self.runtime.team.wait()

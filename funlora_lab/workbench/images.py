@@ -76,7 +76,8 @@ class SameNoise:
 
     def judged(self, images: Tensor) -> list[str]:
         """What the run's classifier trained on the real images of all classes takes images for: class names."""
-        return [self.run.classes[self.run.context.classes[i]] for i in predict(self.run.judge, images).tolist()]
+        answers = predict(self.run.judge, images, self.run.runtime.device).tolist()
+        return [self.run.classes[self.run.context.classes[i]] for i in answers]
 
     def compare_tasks(self, classes: Sequence[int]) -> Markup:
         return Markup("".join(self._compared(cls, self.across_tasks(cls)) for cls in classes))

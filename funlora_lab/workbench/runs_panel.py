@@ -125,7 +125,7 @@ class RunsPanel(Panel):
                     averages[names[name]] = run.averages
                 elif len(loss):
                     losses[names[name]] = (loss.index, loss)
-        drawn = plots.accuracy_per_task(averages) if averages else None
+        drawn = plots.accuracy_per_task({"": averages}) if averages else None
         drawn = plots.training_curves(losses, f"losses of the {self.curve}") if losses else drawn
         unlike = runs.differences(self.chosen, self.home) if len(self.chosen) > 1 else pd.DataFrame()
         unlike = unlike.rename(columns=names)
