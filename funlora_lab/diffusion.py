@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -55,8 +55,13 @@ class Schedule:
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of images x at whole times t (B,)."""
-        abar = self.abar.to(t.device)[t].to(x.dtype)[:, None, None, None]
+        abar = _abar_on(t.device, self)[t].to(x.dtype)[:, None, None, None]
         return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+
+@cache
+def _abar_on(device: torch.device, schedule: Schedule) -> Tensor:
+    return schedule.abar.to(device)  # once: a copy in every step would keep a GPU from recording it
 
 
 def noise_loss(network: Noise, schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

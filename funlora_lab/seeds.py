@@ -93,4 +93,4 @@ class Shuffle:
         """Indices (size,) of batch ``step``: items ``step*size`` up to ``(step+1)*size`` of the endless sequence."""
         number, offset = divmod(step * size, self.n)
         passes = [self.permutation(number + i) for i in range((offset + size - 1) // self.n + 1)]
-        return torch.cat(passes)[offset : offset + size]
+        return (torch.cat(passes) if passes[1:] else passes[0])[offset : offset + size]

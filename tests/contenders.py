@@ -23,7 +23,7 @@ from funlora_lab.experiment import Experiment
 from funlora_lab.flow import flow_loss
 from funlora_lab.store import Artefact, Store
 from funlora_lab.systems import AdaptedBase, Context, build_unet, draw_chunk
-from funlora_lab.training import Runtime, Trainer, autocast
+from funlora_lab.training import Runtime, Trainer, autocast, replayed
 from funlora_lab.unet.layers import FORMS
 
 Turn = Callable[[], None]
@@ -34,10 +34,10 @@ MANY_IMAGES = 2**40  # no benchmark reaches the end of a training
 class PerImage(Adapters):
     """The naive way: every image of the batch has numbers, F and kernels of its own."""
 
-    def velocity(self, rows: Row, K: int):
+    def velocity(self, rows: Row, K: int, others: dict[str, Tensor] | None = None):
         N = self.experiment.adapter.batch
         rows = {name: value.repeat(N, *[1] * (value.dim() - 1)) for name, value in rows.items()}
-        return super().velocity(rows, N * K)
+        return super().velocity(rows, N * K, others)
 
 
 class Contenders:
@@ -135,7 +135,8 @@ class Contenders:
 
             return turn
 
-        return {name: turn_of(generator.source(cls).velocity()) for name, cls in (("merged", new), ("plain", 0))}
+        drawn = {"merged": generator.source(new), "plain": generator.source(0)}
+        return {name: turn_of(replayed(source.velocity(), device)) for name, source in drawn.items()}
 
     def forms(self, K: int, N: int) -> dict[str, Turn]:
         """The largest adapted layer's convolution of K classes, forward and backward, in every form."""

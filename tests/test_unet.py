@@ -259,6 +259,21 @@ def test_bf16_computes_in_fp32_where_the_processor_has_no_instructions_for_it_an
     assert device.arithmetic("bf16", torch.device("cuda")) == "bf16"
 
 
+def test_weights_rounded_at_once_give_the_bits_of_autocast(monkeypatch):
+    """As on a GPU: every weight of a convolution or product is cast once a step, its gradient back, all together."""
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
+    small = SMALL | {"image_size": 8}  # doubled as on a GPU
+    net, (t, x, y) = awake(UNet(classes=2, **small)), batch(small, 4)
+    assert not device.rounded(net, "bf16", CPU)
+    gpu, found = torch.device("cuda"), []
+    assert not device.rounded(net, "fp32", gpu)
+    for weights in ({}, device.rounded(net, "bf16", gpu)):
+        with torch.autocast("cpu", torch.bfloat16):
+            v = functional_call(net, weights, (t, x, y))
+        found.append([v, *torch.autograd.grad(v.float().square().sum(), list(net.parameters()))])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_classes_side_by_side_on_a_gpu_are_unfolded_only_where_they_are_small():
     """Eight classes of 64 images of CIFAR10, unfolded, did not fit 80 GB: k k times every adapted layer's images."""
     forms = {(N, side): form_for("cuda", N * side**2, 512 * 256 * 9) for N in (6, 64) for side in (8, 16, 32)}

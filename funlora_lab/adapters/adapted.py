@@ -116,12 +116,12 @@ class Adapters:
         affine = self.method.affine
         return {f"{name}.affine": affine(numbers) for name, numbers in numbers_by_layer(rows).items() if affine}
 
-    def velocity(self, rows: Row, K: int) -> Velocity:
-        """v(t, x) of K classes side by side, whose weights are computed here; image i belongs to class i % K."""
+    def velocity(self, rows: Row, K: int, others: dict[str, Tensor] | None = None) -> Velocity:
+        """v(t, x) of K classes side by side, image i of class i % K; ``others`` stand in for the network's weights."""
         weights = self.weights(rows)
         if K == 1:  # an ordinary network
             weights = {name: weight[0] for name, weight in weights.items()}
-        changes = weights | self.affines(rows)
+        changes = (others or {}) | weights | self.affines(rows)
         embedding = rows[LABEL] if LABEL in rows else self.mean_embedding().expand(K, -1)
         return lambda t, x: functional_call(self.net, changes, (t, x, embedding.repeat(x.shape[0] // K, 1)))
 

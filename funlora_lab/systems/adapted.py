@@ -13,7 +13,7 @@ from funlora_lab.seeds import Shuffle, seed_of
 from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
 from funlora_lab.systems.generator import Source
 from funlora_lab.systems.network import WholeNetwork, meta_unet, noisy_batch
-from funlora_lab.training import Inputs, Plan, Trainer, autocast
+from funlora_lab.training import Inputs, Plan, Trainer, autocast, rounded
 from funlora_lab.unet import UNet
 
 
@@ -138,20 +138,20 @@ class AdaptedBase(WholeNetwork):
         e, device, adapters = self.context.experiment, self.context.runtime.device, self.adapters
         K, N, rate, key = len(classes), e.adapter.batch, adapters.method.rate_of(e), key or ("adapter",)
         images = pixels or [self.context.dataset.train.of(cls).pixels for cls in classes]
-        pixels, first = torch.cat(images).to(device), [0, *accumulate(map(len, images))]
+        pixels, first = torch.cat(images).to(device), torch.tensor([0, *accumulate(map(len, images[:-1]))])[:, None]
         shuffles = [Shuffle(len(own), e.seed, *key, cls) for cls, own in zip(classes, images, strict=True)]
+        frozen = rounded(self.net, e.precision, device)
         started = stack(rows or [adapters.start(cls) for cls in classes])
         parameters = {name: value.to(device).requires_grad_() for name, value in started.items()}
 
         def inputs_at(step: int) -> Inputs:
-            order = [k + shuffle.batch(step, N) for k, shuffle in zip(first, shuffles, strict=False)]
-            seeds = torch.tensor([seed_of(e.seed, *key, cls, step) for cls in classes])
-            return {"order": torch.stack(order), "seeds": seeds}
+            order = first + torch.stack([shuffle.batch(step, N) for shuffle in shuffles])
+            return {"order": order, "seeds": torch.tensor([seed_of(e.seed, *key, cls, step) for cls in classes])}
 
         def losses_of(inputs: Inputs) -> Tensor:
             batch = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
             with autocast(e.precision, device):
-                return self.loss(adapters.velocity(parameters, K), batch).reshape(N, K).mean(0)
+                return self.loss(adapters.velocity(parameters, K, frozen), batch).reshape(N, K).mean(0)
 
         plan = Plan.of(e.adapter, rate, e.adapter.steps, e.log_every)
         optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)

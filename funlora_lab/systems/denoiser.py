@@ -106,13 +106,14 @@ class LastingClassifier:
 
         def inputs_at(step: int) -> Inputs:
             seed = torch.tensor(seed_of(e.seed, "augment", "lasting", task, step))
-            return {"order": shuffle.batch(step, batch - count), "seed": seed, "step": torch.tensor(step)}
+            return {"order": shuffle.batch(step, batch - count), "seed": seed}
+
+        def replace_replayed(step: int) -> None:
+            if replay and step % replay.every == 0:
+                for held, drawn in zip((images, positions), replay.draw(step), strict=True):
+                    held.copy_(drawn)
 
         def losses_of(inputs: Inputs) -> Tensor:
-            if replay and (step := inputs["step"].item()) % replay.every == 0:
-                drawn = replay.draw(step)
-                images.copy_(drawn[0])
-                positions.copy_(drawn[1])
             x = torch.cat([to_floats(pixels[inputs["order"]]), images])
             y = torch.cat([labels[inputs["order"]], positions])
             net.train()
@@ -127,7 +128,8 @@ class LastingClassifier:
             label |= {"generated": drawn, "evaluations": drawn * replay.evaluations}
         buffers = dict(net.named_buffers()) | {"replay/images": images, "replay/positions": positions}
         plan = Plan(steps, batch, rate, "linear", log_every=e.log_every)
-        trainer = Trainer(artefact, plan, optimizer, parameters, inputs_at, losses_of, runtime, [label], buffers)
+        given = (inputs_at, losses_of, runtime, [label], buffers)
+        trainer = Trainer(artefact, plan, optimizer, parameters, *given, before=replace_replayed)
         trainer.finish(net.state_dict())
 
 

@@ -5,13 +5,14 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from funlora_lab.data import Images, to_floats
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
 from funlora_lab.seeds import Shuffle, Streams, seed_of, seeded
 from funlora_lab.store import Artefact, fingerprint
 from funlora_lab.systems.generator import Batch, Generator, Source
-from funlora_lab.training import Inputs, Plan, Trainer, autocast, dropout_from, prepared
+from funlora_lab.training import Inputs, Plan, Trainer, autocast, dropout_from, prepared, rounded
 from funlora_lab.unet import UNet, load_base, read_checkpoint
 
 NULL = -1  # the label of pictures without one, as ``Dataset.unlabelled`` holds it
@@ -127,8 +128,10 @@ class WholeNetwork(Generator):
         def losses_of(inputs: Inputs) -> Tensor:
             x1, x0, t, *_ = noisy_batch(pixels, inputs["order"], e.flip, inputs["seeds"])
             batch = Batch(*team.part(x1, x0, t, positions[inputs["order"][0]]), *inputs["own"])
+            low = rounded(net, e.precision, device) if team.size == 1 else {}
+            network = (lambda *inputs: functional_call(model, low, inputs)) if low else model
             with dropout_from(inputs["dropout"]), autocast(e.precision, device):
-                return team.mean(self.loss(lambda t, x: model(t, x, batch.y), batch), B)[None]
+                return team.mean(self.loss(lambda t, x: network(t, x, batch.y), batch), B)[None]
 
         parameters, stage = dict(net.named_parameters()), [{"stage": name}]
         optimizer = torch.optim.Adam(parameters.values(), lr=e.base.lr, fused=True)

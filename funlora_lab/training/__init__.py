@@ -11,6 +11,7 @@ from funlora_lab.training.device import (
     pick_device,
     prepared,
     replayed,
+    rounded,
 )
 from funlora_lab.training.processes import Team, launched, own_device, team_of
 from funlora_lab.training.runtime import Event, Report, Runtime, ignore

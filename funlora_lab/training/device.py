@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -104,42 +104,77 @@ def computing(device: torch.device, exact: bool = False):
 
 
 class Recorded:
-    """A function without arguments or result, whose work on a GPU is recorded and then replayed as one CUDA graph.
+    """A function without arguments, whose work on a GPU is recorded and then replayed as one CUDA graph.
 
     The first calls run as they are. What cannot be recorded (a function that waits for the GPU) goes on like that, and
-    a warning says why. On a CPU every call runs as it is.
+    a warning says why. On a CPU every call runs as it is. The next replay overwrites what the last one returned.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, record: bool = True):
+    def __init__(self, function: Callable[[], Tensor | None], device: torch.device, record: bool = True):
         self.function, self.device, self.graph, self.calls = function, device, None, 0
         self.warm = WARM if record and device.type == "cuda" and not without("graph") else float("inf")
         self.stream = torch.cuda.Stream(device) if self.warm == WARM else None
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor | None:
         if self.graph is None and self.calls >= self.warm:
             self._record()
         self.calls += 1
         if self.graph is not None:
             self.graph.replay()
         elif self.stream is None:
-            self.function()
+            return self.function()
         else:  # on the stream on which it is recorded, as autograd wants it
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                self.function()
+                self.result = self.function()
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return self.result
 
     def _record(self) -> None:
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.function()
+            with torch.cuda.graph(graph, stream=self.stream), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")  # waiting raises before it spoils more than the recording
+                try:
+                    self.result = self.function()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
             self.graph = graph
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as reason:
             self.warm = float("inf")
             warnings.warn(f"Running without a CUDA graph: {str(reason).splitlines()[0]}", stacklevel=2)
+
+
+class _Rounded(torch.autograd.Function):
+    """Tensors in bf16, and their gradients in fp32: two launches for all of them."""
+
+    @staticmethod
+    def forward(ctx, *values: Tensor):
+        low = [torch.empty_like(value, dtype=torch.bfloat16) for value in values]
+        torch._foreach_copy_(low, values)
+        return tuple(low)
+
+    @staticmethod
+    def backward(ctx, *upstream: Tensor):
+        grads = [torch.empty_like(grad, dtype=torch.float32) for grad in upstream]
+        torch._foreach_copy_(grads, upstream)
+        return tuple(grads)
+
+
+def rounded(network: nn.Module, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """The weights that autocast would round at every use, rounded, with their gradient; none on a CPU or in fp32."""
+    if device.type == "cpu" or arithmetic(precision, device) != "bf16":
+        return {}
+    weights = {
+        f"{name}.{key}": value
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        for key, value in module.named_parameters(recurse=False)
+    }
+    return dict(zip(weights, _Rounded.apply(*weights.values()), strict=True))
 
 
 class Steps:
@@ -155,9 +190,9 @@ class Steps:
         self.rows, self.recorded, self.sent = 0, Recorded(self._take, device, record), None
 
     def __call__(self, step: int) -> None:
-        with computing(self.device):
-            if self.device.type == "cpu":
-                return self.advance(self.inputs_at(step))
+        if self.device.type == "cpu":
+            return self.advance(self.inputs_at(step))
+        with nullcontext() if self.recorded.graph else computing(self.device):  # a graph has it in it
             self.replay(step)
 
     def replay(self, step: int) -> None:
@@ -176,32 +211,21 @@ class Steps:
             values = torch.stack([inputs[name] for inputs in each])
             if name not in self.table:
                 self.table[name] = torch.zeros(ROWS, *values.shape[1:], dtype=values.dtype, device=self.device)
-            self.table[name][: len(each)].copy_(pinned(values, self.device), non_blocking=True)
+            values = values.pin_memory() if self.device.type == "cuda" else values  # from there it goes without waiting
+            self.table[name][: len(each)].copy_(values, non_blocking=True)
         self.next.zero_()
         self.first, self.rows = step, len(each)
         self.seeds = [inputs["dropout"].item() for inputs in each if "dropout" in inputs]
-        self.sent = torch.cuda.Event() if self.device.type == "cuda" else None
-        if self.sent is not None:
-            self.sent.record(torch.cuda.current_stream(self.device))
+        self.sent = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
     def _take(self) -> None:
         self.advance({name: values.index_select(0, self.next)[0] for name, values in self.table.items()})
         self.next += 1
 
 
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor from where a device copies it without waiting."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-@contextmanager
 def dropout_from(seed: Tensor):
     """A block whose dropout masks are a function of a seed (int64); on a GPU that is seen to before the step."""
-    if seed.is_cuda:
-        yield
-    else:
-        with seeded(seed.item()):
-            yield
+    return nullcontext() if seed.is_cuda else seeded(seed.item())
 
 
 def update(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
@@ -226,17 +250,14 @@ def move(average: list[Tensor], values: list[Tensor], share: Tensor) -> None:
 def replayed(velocity: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Callable:
     """The same v(t, x), without gradients; on a GPU every evaluation of inputs of the first one's shapes is a graph."""
     given: list[Tensor] = []
-    result: list[Tensor] = []
-    recorded = Recorded(lambda: result.__setitem__(slice(None), [velocity(*given)]), device)
+    recorded = Recorded(lambda: velocity(*given), device)
 
     def evaluate(t: Tensor, x: Tensor) -> Tensor:
         if not given:
             given.extend((t.clone(), x.clone()))
         if any(old.shape != new.shape or old.dtype != new.dtype for old, new in zip(given, (t, x), strict=True)):
             return velocity(t, x)
-        for old, new in zip(given, (t, x), strict=True):
-            old.copy_(new)
-        recorded()
-        return result[0].clone()
+        torch._foreach_copy_(given, [t, x])
+        return recorded().clone()
 
     return evaluate if device.type == "cuda" else velocity

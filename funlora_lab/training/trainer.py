@@ -15,10 +15,9 @@ from torch import Tensor
 from funlora_lab.errors import Damaged, LabError, Stopped, memory_for
 from funlora_lab.store import Artefact
 from funlora_lab.training.device import Inputs, Steps, move, update
-from funlora_lab.training.runtime import Runtime
+from funlora_lab.training.runtime import Runtime, ignore
 
-MEMORY = {"adapter": "lanes or adapter_batch", "classifier": "classifier_batch"}  # of stages; else base_batch
-MEMORY["own classifier"] = MEMORY["classifier"]
+MEMORY = {"adapter": "lanes or adapter_batch"} | dict.fromkeys(("classifier", "own classifier"), "classifier_batch")
 KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}  # a step's learning rate, the average's
 # step towards the weights, and where its losses are noted
 KEPT = "the state saved before it is kept, a lower learning rate may help."
@@ -74,6 +73,7 @@ class Trainer:
     labels: list[dict]  # what names each lane in its ``loss`` events
     buffers: dict[str, Tensor] = field(default_factory=dict)  # saved with the parameters
     clip: float = 0.0  # the largest gradient norm, 0 for no limit
+    before: Callable[[int], None] = ignore  # is given each step before it is taken: outside of what a GPU repeats
 
     def __post_init__(self):
         averaging = self.plan.ema and self.plan.ema_start < self.plan.steps
@@ -140,6 +140,7 @@ class Trainer:
         """One step, with its log lines and its save of progress when they are due."""
         plan = self.plan
         with memory_for(MEMORY.get(self.labels[0]["stage"], "base_batch")):
+            self.before(self.done)
             self.steps(self.done)
         self.done += 1
         self.unlogged += 1

@@ -184,11 +184,8 @@ def _sincos(x):
 
 @triton.jit
 def _cosines(W0, A, B, POND, FREQ, OUT, O, I, T: tl.constexpr, p: tl.constexpr, N: tl.constexpr):
-    k, o, i = (
-        tl.program_id(2).to(tl.int64),
-        tl.program_id(1) * N + tl.arange(0, N),
-        tl.program_id(0) * N + tl.arange(0, N),
-    )
+    k, to, ti = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0)
+    o, i = to * N + tl.arange(0, N), ti * N + tl.arange(0, N)
     a, b = tl.load(A + k * O + o, o < O, other=0.0), tl.load(B + k * I + i, i < I, other=0.0)
     z, f = a[:, None] * b[None, :], tl.zeros([N, N], tl.float32)
     for j in tl.static_range(p):

@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, as fused attention reads them
-        q, k, v = qkv.reshape(B, H * W, self.heads, 3, -1).permute(3, 0, 2, 1, 4)  # (B, heads, HW, C / heads)
+        q, k, v = qkv.reshape(B, H * W, self.heads, 3, C // self.heads).permute(3, 0, 2, 1, 4)  # each (B, heads, HW, .)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         return x + self.proj_out(h.permute(0, 3, 1, 2))
 
