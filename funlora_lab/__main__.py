@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     settings = "preset --set --method --seed --device --json --with"
     run = add("run", commands.run, settings, "run an experiment, or resume it, or show its stored result")
     run.add_argument("--minutes", type=minutes, help="stop after so many minutes, saved; the same command goes on")
+    run.add_argument(
+        "--watch", action="store_true", help="keep what is drawn in training in the run's folder training/"
+    )
     run.add_argument("--repair", action="store_true", help="first delete stored files that are damaged, then go on")
     quality = add("quality", commands.quality, "run --device --json --with", "how good a finished run's samples are")
     quality.add_argument("--split", default="train", help="real images to compare with: train (default) or test")

@@ -17,7 +17,7 @@ import funlora_lab
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.experiment import Experiment, override, place, shown
 from funlora_lab.presets import PRESETS, preset
-from funlora_lab.workbench.progress import Progress
+from funlora_lab.workbench.progress import Progress, measured
 
 
 def execute(*files: str | Path) -> types.ModuleType | None:
@@ -106,7 +106,8 @@ def _made(record, arguments, progress: Progress, stop: Stop) -> dict | None:
     from funlora_lab.studies import keep
 
     device = training.own_device(training.pick_device(arguments.device))
-    runtime = training.Runtime(device, stop, report=progress, tell=tell)
+    watch = keep.looks(record.folder) if arguments.watch else None
+    runtime = training.Runtime(device, stop, report=progress, tell=tell, watch=watch)
     if not _base_together(record, runtime, arguments.repair):
         return None
     result = continual.run(record.experiment, runtime=runtime)
@@ -130,10 +131,6 @@ def _base_together(record, runtime, repair: bool) -> bool:
             with contextlib.nullcontext() if first else contextlib.suppress(Stopped):  # one of them says it
                 continual.learn_base(record.experiment, dataclasses.replace(runtime, team=team, report=report))
         return first
-
-
-def measured(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
 
 
 def aligned(rows: dict[str, str]) -> str:
@@ -256,13 +253,13 @@ def sweep(arguments) -> None:
 
 
 def notebooks(arguments) -> None:
-    from funlora_lab.workbench.notebooks import execute
+    from funlora_lab.studies.notebooks import execute
 
     print(*execute(arguments.preset, arguments.settings, arguments.only), sep="\n")
 
 
 def lab(arguments) -> int:
-    from funlora_lab.workbench.notebooks import start_lab
+    from funlora_lab.studies.notebooks import start_lab
 
     return start_lab(arguments.port, not arguments.no_browser)
 

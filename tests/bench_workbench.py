@@ -50,8 +50,9 @@ def main(name: str) -> None:
     run = open_run(preset(name))
     lens, function, samples = Workbench(run).lens, [], []
     for i in range(MOVES):
+        begun = time.perf_counter()
         lens.frequency = [value + (i + 1) / 10 for value in lens.frequency]
-        function.append(lens.milliseconds)
+        function.append(1000 * (time.perf_counter() - begun))
         begun = time.perf_counter()
         lens.lens.draw(lens.bend, Solver("midpoint", 2), 3, loss=False)
         samples.append(1000 * (time.perf_counter() - begun))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from funlora_lab.workbench import notebooks
+from funlora_lab.studies import notebooks
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -162,8 +162,7 @@ def screenshots(target: Path, preset: str) -> None:
                 lens.fill("class=7 layer=13 off=15 13.frequency.2=4.5 13.frequency.7=9.5")
                 lens.press("Enter")
                 panel(page, "lens").locator("[data-place=unet] svg", has_text="class 7").wait_for()
-                panel(page, "lens").get_by_text(re.compile(r"flow loss.*flow loss", re.DOTALL)).first.wait_for()
-                time.sleep(3)  # the finer picture
+                panel(page, "lens").locator("[data-place=samples]", has_text=re.compile("loss.*loss")).wait_for()
                 for width, height in ((1440, 900), (1024, 768)):
                     page.set_viewport_size({"width": width, "height": height})
                     for name in PANELS:

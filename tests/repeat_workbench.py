@@ -12,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from funlora_lab import open_run, preset
-from funlora_lab.workbench.notebooks import folder as notebooks_folder
+from funlora_lab.studies.notebooks import folder as notebooks_folder
 
 PATIENCE = 300  # seconds a cell may take before it counts as hung
 

@@ -49,6 +49,7 @@ def test_the_workbench_works_in_jupyterlab(home, tmp_path):
         looks_at_and_trains_a_function_of_ones_own(page, home)
         learns_an_own_class_and_takes_it_out_and_in(page, tmp_path)
         starts_and_stops_a_run(page, home)
+        is_reachable_in_the_dark(page)
         assert not problems
         page.once("dialog", lambda dialog: dialog.accept())  # the notebook is not saved
         page.reload()
@@ -66,8 +67,6 @@ def reads_well_before_it_is_run(page):
 
 def fits_and_is_reachable(page):
     """No panel scrolls sideways, the lens is one view of 600 pixels, and axe finds nothing critical or serious."""
-    from axe_playwright_python.sync_playwright import Axe
-
     for name in PANELS:
         part = panel(page, name).locator(".funlora-panel")
         assert part.evaluate("e => e.scrollWidth <= e.clientWidth"), name
@@ -75,9 +74,23 @@ def fits_and_is_reachable(page):
             "getComputedStyle(e).overflowX === 'auto').length")  # fmt: skip
         assert not inner, name
     assert panel(page, "lens").locator(".funlora-panel").bounding_box()["height"] <= 600
+    axe_finds_nothing(page)
+
+
+def axe_finds_nothing(page):
+    """Nothing critical or serious, contrast of text among it."""
+    from axe_playwright_python.sync_playwright import Axe
+
     found = Axe().run(page, ".funlora-panel").response["violations"]
     worst = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("critical", "serious")]
     assert not worst
+
+
+def is_reachable_in_the_dark(page):
+    for words in ("Settings", "Theme", "JupyterLab Dark"):
+        page.locator(".lm-MenuBar-item, .lm-Menu-item", has_text=re.compile(f"^{words}$")).first.click()
+    page.locator("body[data-jp-theme-light=false]").wait_for(state="attached")
+    axe_finds_nothing(page)
 
 
 def lens_says(page, words: str):
@@ -168,8 +181,9 @@ def looks_at_and_trains_a_function_of_ones_own(page, home):
     lens.locator("[data-place=picture] svg[aria-label^=sawtooth]").wait_for()  # its rank and spectrum at once
     assert rank_of(page) > 1
     press(lens, "Train with sawtooth")
+    lens.get_by_alt_text(re.compile("samples at step")).first.wait_for()  # samples while it trains
     lens.get_by_text("Done.").wait_for()
-    panel(page, "runs").locator("tr.chosen", has_text="sawtooth").wait_for()
+    panel(page, "runs").locator("[aria-pressed=true]", has_text="sawtooth").wait_for()
     assert "sawtooth" in set(runs.table(home)["method"])
     lens.get_by_label("function").select_option(index=0)
 
@@ -177,8 +191,8 @@ def looks_at_and_trains_a_function_of_ones_own(page, home):
 def learns_an_own_class_and_takes_it_out_and_in(page, folder):
     own, names = panel(page, "own_class"), ("lens", "samples", "own_class")
     for column in range(4):  # strokes, drawn by dragging
-        at = [own.get_by_label(f"row {row}, column {column + 2}", exact=True).bounding_box() for row in (1, 8)]
-        own.get_by_label(f"row 1, column {column + 2}", exact=True).scroll_into_view_if_needed()
+        for row in (1, 8):  # both in view
+            own.get_by_label(f"row {row}, column {column + 2}", exact=True).scroll_into_view_if_needed()
         at = [own.get_by_label(f"row {row}, column {column + 2}", exact=True).bounding_box() for row in (1, 8)]
         page.mouse.move(at[0]["x"] + 9, at[0]["y"] + 9)
         page.mouse.down()
@@ -207,6 +221,10 @@ def learns_an_own_class_and_takes_it_out_and_in(page, folder):
     download.value.save_as(folder / "stroke.safetensors")
     own.get_by_label("Remove class stroke").click()
     known(0)
+    own.get_by_label("Bring back class stroke").click()
+    known(1)
+    own.get_by_label("Remove class stroke").click()
+    known(0)
     own.get_by_label("Import a class").set_input_files(folder / "stroke.safetensors")
     known(1)
 
@@ -218,6 +236,7 @@ def starts_and_stops_a_run(page, home):
     started.get_by_label("settings", exact=True).press("Tab")
     press(started, "Start a run")
     started.get_by_text(re.compile("adapter of class .*, step")).wait_for()
+    started.get_by_alt_text(re.compile("^adapter-6-0")).first.wait_for()
     stop = started.locator("button", has_text=re.compile("^Stop smoke-funlora-seed5"))
     stop.click()
     started.get_by_text(re.compile("same command resumes")).wait_for()

@@ -8,7 +8,9 @@ import torch
 
 from funlora_lab import continual, open_run, preset
 from funlora_lab.store import Store, read_tensors
+from funlora_lab.studies import keep
 from funlora_lab.systems import AdaptedBase, Context, all_methods
+from funlora_lab.systems.sampling import glimpse
 from funlora_lab.training import Runtime
 
 SMOKE = preset("smoke")
@@ -46,6 +48,30 @@ def test_a_class_learns_the_same_alone_as_beside_others(smoke_run, smoke_home, t
     generator.learn_classes([6])
     for name, value in smoke_run.row(6).items():  # learned beside class 7
         torch.testing.assert_close(generator.rows[6][name], value, rtol=0, atol=1e-4)
+
+
+def test_a_training_that_is_watched_draws_from_the_same_noise_and_comes_out_the_same(smoke_home, numbers, tmp_path):
+    """Bases and adapters: the last look is what the finished generator draws, and every file has the same bits."""
+    looks, kept = [], keep.looks(tmp_path / "run")
+
+    def watch(event, images):
+        looks.append((event, images))
+        kept(event, images)
+
+    run = open_run(SMOKE, "cpu", home=tmp_path / "home", watch=watch)
+    assert numbers(tmp_path / "home") == numbers(smoke_home)
+    of = {}  # what was trained -> its looks
+    for event, images in looks:
+        of.setdefault((event["stage"], *event["classes"]), []).append((event["step"], images))
+        assert event["loss"] > 0
+    assert list(of) == [("base",), ("adapter", 6, 7), ("adapter", 8, 9)]
+    for (stage, *classes), seen in of.items():
+        steps, last = [step for step, _ in seen], (SMOKE.base if stage == "base" else SMOKE.adapter).steps
+        assert (len(steps) >= 2, steps, steps[-1]) == (True, sorted(set(steps)), last)
+        assert not torch.equal(seen[0][1], seen[-1][1])
+        assert torch.equal(seen[-1][1], glimpse(run.generator, classes or run.tasks[0]))
+    names = sorted(path.name for path in (tmp_path / "run/training").iterdir())
+    assert (len(names), names[0]) == (len(looks), "adapter-6-0000005.png")
 
 
 def test_samples_are_nested(smoke_run):

@@ -15,8 +15,7 @@ from PIL import Image
 
 from funlora_lab import LabError
 from funlora_lab.presets import configured
-from funlora_lab.studies import keep, published, sweeps, tables
-from funlora_lab.workbench import notebooks
+from funlora_lab.studies import keep, notebooks, published, sweeps, tables
 
 FOLDER = notebooks.folder()
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -90,6 +89,14 @@ def smoke_copies(tmp_path_factory):
 def test_every_notebook_runs_headless(smoke_copies):
     _, copies = smoke_copies
     assert [copy.name for copy in copies] == [notebook.name for notebook in NOTEBOOKS]
+
+
+def test_what_is_trained_in_a_notebook_is_shown_and_leaves_no_bar(smoke_copies):
+    (copy,) = (copy for copy in smoke_copies[1] if copy.name.startswith("01_"))
+    shown = [output["data"]["text/html"] for output in code_cells(copy)[1].outputs if "data" in output]
+    assert len(shown) == 4, "one for every method that no notebook before has trained"
+    assert sum("in training: samples from the same noise" in html for html in shown) == 3, "all that draw"
+    assert not any("<progress" in html for html in shown)
 
 
 def test_every_figure_says_in_words_what_it_shows(smoke_copies):

@@ -83,6 +83,13 @@ def test_the_package_is_thin():
     assert sum(lines[name] for name in core) <= 5500
 
 
+def test_the_panels_are_thin():
+    """What Python, the browser and its style sheet hold together."""
+    files = [path for path in (PACKAGE / "workbench").iterdir() if path.suffix in (".py", ".js", ".css")]
+    assert {path.suffix for path in files} == {".py", ".js", ".css"}
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 2400
+
+
 def test_no_generator_carries_a_result():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -23,6 +23,7 @@ from funlora_lab.commands import experiment_of
 from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.flow import SOLVERS, Solver
 from funlora_lab.store import Run, read_json, read_lines, read_tensors, write_json
+from funlora_lab.studies import plots, sweeps
 from funlora_lab.studies.rank import TOLERANCE
 from funlora_lab.workbench import images, layers, markup, page, panel, report, runs, runs_panel
 from funlora_lab.workbench.images import SameNoise
@@ -98,9 +99,10 @@ def test_the_lens_shows_the_function_of_every_learned_layer_and_every_slider_cha
     assert torch.allclose(lens.lens.view(lens.bend).F, (ponderation[:, None, None] * expected).mean(0))
     times = []
     for _i in range(20):
+        begun = time.perf_counter()
         lens.frequency = [value + 0.1 for value in lens.frequency]
-        times.append(lens.milliseconds)
-    assert sorted(times)[10] < 100
+        times.append(time.perf_counter() - begun)
+    assert sorted(times)[10] < 0.1
     lens.press("reset")
     assert lens.lens.view(lens.bend).F.equal(adapted.view(cls, 20).F)
 
@@ -113,7 +115,7 @@ def test_images_of_a_bent_class_are_those_of_its_numbers_and_a_state_is_reproduc
     everything_off = bent.row(Bend(7, 11, off=tuple(names)))
     neutral = house.run.adapters.neutral()
     assert all(torch.equal(everything_off[name], value) for name, value in neutral.items())
-    one = bent.row(Bend(7, 11, off=(12,), changed={(11, "frequency", 2): 4.5}, spread={13: 0.1}))
+    one = bent.row(Bend(7, 11, off=(12,), changed={(11, "frequency", 2): 4.5, (13, "spread"): 0.1}))
     differ = {name.rpartition("/")[0] for name, value in house.run.row(7).items() if not torch.equal(one[name], value)}
     assert differ == {names[11], names[12], names[13]}
     assert one[f"{names[11]}/frequency"][2] == 4.5
@@ -167,6 +169,7 @@ def test_a_function_of_the_user_is_looked_at_at_once_trained_by_a_button_and_lis
     until(lambda: "Train with halved" in lens.samples)
     lens.press("train")
     ended(lens)
+    assert "samples at step" in lens.seen
     name = Run.of(SMALL.but(method="halved"), house.home).folder.name
     assert name in table.table
     assert name in bench.chosen
@@ -198,7 +201,7 @@ def test_the_unet_shows_every_convolution_and_the_panel_of_a_layer_the_ranks_of_
         for i, name in enumerate(table["name"]):
             shown = f"{values[i]:.3g}" if i in values else "not adapted"
             assert re.search(rf"<title>{i}: {re.escape(name)}[^<]* {shown}</title>", lens.unet)
-    assert lens.unet.count('role="switch"') == len(lens.lens.adapted.names) == lens.unet.count('data-set="layer=')
+    assert lens.unet.count('role="switch"') == len(lens.lens.adapted.names) == lens.unet.count('data-press="layer"')
     table = layers.unet_layers(preset("cifar10"))
     middle = table.loc[table["part"] == "middle", "size"].tolist()
     assert (len(table), set(table["size"]), middle) == (65, {32, 16, 8, 4}, [4] * 4)
@@ -247,7 +250,7 @@ def test_samples_of_every_solver_are_the_same_after_every_task_in_every_run_and_
     forgotten = SameNoise(house.once, 2, Solver("euler", 2)).compare_tasks([0]).html
     assert not np.array_equal(*pixels_of(forgotten)[::2])
     assert ("bit-identical" in forgotten, "not identical" in forgotten) == (False, True), "the badge does not flatter"
-    house.bench.chosen = [house.run.run.folder.name, house.other.run.folder.name]
+    house.bench.runs.chosen = [house.run.run.folder.name, house.other.run.folder.name]
     base, base_too, new, new_too = drawn(panel, RUNS, picked=[0, 8])
     assert np.array_equal(base, base_too), "task 1's classes come from the same base"
     assert not np.array_equal(new, new_too)
@@ -299,14 +302,14 @@ def test_the_table_is_filtered_and_sorted_and_compares_what_is_chosen(house):
     assert panel.compared != one
     unlike = runs.differences(panel.chosen, house.home)
     assert set(unlike.index) == {"method", "rank", "ratio", "score_after", "adapter_images"}
-    assert list(runs.short_names(panel.chosen, house.home).values())[1].startswith("vanilla-mul")
+    assert runs.short_names(unlike)[panel.chosen[1]].startswith("vanilla-mul")
     assert ">ratio<" in panel.compared
     for kind in runs_panel.CURVES:
         panel.curve = kind
         assert pixels_of(panel.compared)[0].shape[1] > 300
     panel.press("choose", house.other.run.folder.name)
     panel.seeds = True
-    means = runs.over_seeds(house.home).set_index("method")
+    means = sweeps.over_seeds(house.home).set_index("method")
     assert means.loc["funlora", "LA"] == f"{house.run.results['LA']:.4f}"
     assert means.loc["funlora", "LA"] in panel.table
     put(panel, seeds=False, curve="accuracy")
@@ -357,6 +360,7 @@ def test_a_run_is_started_stopped_and_resumed_from_the_panel(house, monkeypatch)
     panel.press("start")
     ((name, started),) = panel.started.items()
     until(lambda: "adapter of class" in panel.progress, lambda: started.going, started.reason)
+    until(lambda: 'alt="adapter-6-0' in panel.progress, lambda: started.going, started.reason)
     assert f"Stop {name}" in panel.acts
     panel.press("stop", name)
     panel.watcher.join(PATIENCE)
@@ -399,9 +403,7 @@ def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_
     assert not np.array_equal(looks[0], looks[-2]), "the samples change while the class is learned"
     assert run.results["accuracy"] == before, "the run's results stay"
     (cls,) = (cls for cls, name in run.known.items() if name == "cross")
-    assert all(
-        f'value="{cls}">cross<' in one.body or (f"={cls}" in one.body and ">cross<" in one.body) for one in joined
-    )
+    assert all(f'value="{cls}">cross<' in one.body for one in joined)
     assert all(torch.equal(v, learned.generator.rows[learned.cls][name]) for name, v in run.row(cls).items())
     bench.samples.picked = [cls]
     until(lambda: "a class of your own" in bench.samples.pictures)
@@ -413,6 +415,10 @@ def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_
     panel.press("remove", str(cls))
     assert "cross" not in run.known.values()
     assert not any(">cross<" in one.body for one in joined)
+    panel.press("restore", str(cls))
+    assert (panel.note, run.known[cls], run.removed) == ("", "cross", {})
+    panel.press("remove", str(cls))
+    assert run.removed == {cls: "cross"}
     ((name, content),) = sent
     assert name.endswith("-cross.safetensors")
     panel.press("upload", name, content)
@@ -485,6 +491,40 @@ def test_every_image_has_words_and_every_control_a_name(house):
         for tag in re.findall(r"<(?:button|g role)[^>]*>\s*<", html):
             assert "aria-label=" in tag, tag[:200]
         assert "press Run" in repr(one) or "choose Run" in repr(one)
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of WCAG 2 of two colours, #rrggbb or #rgb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour.removeprefix("#")
+        parts = [int(2 * d if len(digits) == 3 else d, 16) / 255 for d in re.findall("." * (len(digits) // 3), digits)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return high / low
+
+
+def test_text_and_lines_stand_out_from_both_themes():
+    """The colours that the style sheet and the figures use, on the grounds of JupyterLab's light and dark pages."""
+    css, colour = (Path(panel.__file__).parent / "panel.css").read_text(), r"(#\w{3,6})\b"
+    assert contrast("#fff", "#000") == pytest.approx(21)
+    lines = re.findall(rf"(?:outline|border-left|border):\S+ solid {colour}|--edge:{colour}", css)
+    lines = {one or other for one, other in lines} | {markup.BLUE, markup.ORANGE, markup.GREY}
+    assert len(lines) >= 4
+    for line in lines:
+        assert min(contrast(line, ground) for ground in ("#fff", "#111", "#212121")) >= 3, line
+    grounds = set(re.findall(rf"\.(?:main|halt|good|bad)\{{background:{colour}", css))
+    assert len(grounds) == 4
+    for ground in grounds:  # of white letters
+        assert contrast("#fff", ground) >= 4.5, ground
+    lit, unlit = re.findall(rf"\.cells button[^{{]*\{{[^}}]*background:{colour}", css)
+    assert contrast(lit, unlit) >= 3
+    for line in plots.COLOURS:  # figures lie on white, whatever the theme
+        assert contrast(line, "#fff") >= 3, line
+    for text in (plots.INK, plots.GREY):
+        assert contrast(text, "#fff") >= 4.5, text
 
 
 def test_only_the_panels_need_jupyter():

@@ -64,10 +64,6 @@ def file_of(run: Run, cls: int, ending: str) -> Path:
     return run.folder / "classes" / f"{cls}.{ending}"
 
 
-def is_removed(run: Run, cls: int) -> bool:
-    return file_of(run, cls, "removed").exists() and not file_of(run, cls, "safetensors").exists()
-
-
 def names(run: Run) -> dict[int, str]:
     """Index and name of all classes that were brought into a run or taken out of it; the name "" in a damaged file."""
     found = {}
@@ -76,6 +72,12 @@ def names(run: Run) -> dict[int, str]:
         with suppress(LabError):
             found[int(path.stem)] = str(read_tensors(path)[1].get("name", ""))
     return found
+
+
+def removed(run: Run) -> dict[int, str]:
+    """Index and name of the classes that were taken out of a run and not brought in again."""
+    there = names(run)
+    return {cls: there[cls] for cls in there if not file_of(run, cls, "safetensors").exists()}
 
 
 def apply(run: Run, generator: Generator) -> tuple[dict[int, str], dict[int, str]]:

@@ -23,7 +23,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
 from funlora_lab.store import Run, Store, fingerprint, locked, write_atomically
 from funlora_lab.systems import Context, Generator, Source, check_method, draw, generator_of
-from funlora_lab.training import Event, Report, Runtime, pick_device
+from funlora_lab.training import Event, Report, Runtime, Watch, pick_device
 
 
 class OpenRun:
@@ -92,7 +92,11 @@ class OpenRun:
     @property
     def remaining(self) -> list[list[int]]:
         """The classes of every task without those taken out since; a task may be left without any."""
-        return [[cls for cls in task if not class_files.is_removed(self.run, cls)] for task in self.tasks]
+        removed = self.removed
+        return [[cls for cls in task if cls not in removed] for task in self.tasks]
+
+    # index and name of every class that was taken out; its ``removed_file``, imported, brings it back
+    removed = property(lambda self: class_files.removed(self.run))
 
     @property
     def order(self) -> list[int]:
@@ -245,7 +249,7 @@ class OpenRun:
         return mine[0] if mine else next(cls for cls in count(max(data, first or 0)) if cls not in taken)
 
     def remove_class(self, word: str | int) -> int:
-        """Take one class, by name or index, out of this run; its index. Its ``removed_file``, imported, undoes it."""
+        """Take one class, by name or index, out of this run; its index."""
         cls = self._own_row(word)
         base = fingerprint(self.network.state_dict())
         content = class_files.content(self.adapters, self.row(cls), base, cls, self.known[cls])
@@ -275,10 +279,13 @@ class OpenRun:
 
 
 def open_run(
-    experiment: Experiment, device: str = "auto", report: Report | None = None, home: Path | None = None
+    experiment: Experiment, device="auto", report: Report | None = None, home=None, watch: Watch | None = None
 ) -> OpenRun:
-    """The run of this configuration, trained first (or its rest) if it is not finished; ``report`` sees every event."""
-    runtime = Runtime(device=pick_device(device))
+    """The run of this configuration, trained first (or its rest) if it is not finished.
+
+    ``report`` sees every event, ``watch`` what a generator in training draws from the same noise.
+    """
+    runtime = Runtime(device=pick_device(device), watch=watch)
     run(experiment, report, runtime, home)
     return OpenRun(Run.of(experiment, home), runtime)
 

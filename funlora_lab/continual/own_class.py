@@ -8,7 +8,6 @@ images is lowest; beside them it stands under an index that is free.
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
@@ -19,17 +18,15 @@ from funlora_lab.adapters import LABEL
 from funlora_lab.continual import class_files
 from funlora_lab.continual.classifier import synthetic, train_classifier
 from funlora_lab.continual.finished import OpenRun
-from funlora_lab.data import Dataset, Images, pictures_of, read_pictures, to_bytes, to_floats
+from funlora_lab.data import Dataset, Images, pictures_of, read_pictures, to_floats
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import place
-from funlora_lab.flow import Solver, flow_loss, noise
+from funlora_lab.flow import flow_loss
 from funlora_lab.seeds import stream
 from funlora_lab.store import fingerprint, make_folder, safe_name, write_atomically
 from funlora_lab.systems import Generator, draw
-from funlora_lab.training import Runtime, Trainer
+from funlora_lab.training import Runtime
 
-SNAPSHOTS = 6  # looks at the samples while the class is trained
-Watch = Callable[[int, float, Tensor], None]  # step, loss, samples uint8 (N, C, H, W) from the same noise
 LEAST = 2  # images of a class: one to learn from and one to be scored on
 
 
@@ -102,18 +99,10 @@ class OwnClass:
         return path
 
 
-def learn(
-    run: OpenRun,
-    name: str,
-    images: Tensor,
-    move=False,
-    runtime: Runtime | None = None,
-    watch: Watch | None = None,
-    **settings,
-) -> OwnClass:
+def learn(run: OpenRun, name: str, images: Tensor, move=False, runtime: Runtime | None = None, **settings) -> OwnClass:
     """Train an adapter for a class of uint8 images (N, C, H, W) and score all classes; the run itself does not change.
 
-    ``move`` adds copies shifted by a pixel, ``settings`` change the experiment, ``watch`` sees samples meanwhile.
+    ``move`` adds copies shifted by a pixel, ``settings`` change the experiment.
     A stopped training resumes.
     """
     if not run.generator.frozen:
@@ -126,8 +115,7 @@ def learn(
     what = {"dataset": dataset, "tasks": [*run.tasks, [first]], "runtime": runtime or run.runtime, "seconds": {}}
     context = generator.context = replace(run.context, experiment=e, **what)
     artefact = generator.artefact_of(first, start=fingerprint(start)[:16])
-    watched = watch and partial(_watched, generator=generator, watch=watch)
-    row = generator.learned_alone(artefact, first, dataset.train.of(first).pixels, start, watched=watched)
+    row = generator.learned_alone(artefact, first, dataset.train.of(first).pixels, start)
     generator.rows, generator.keys = known.rows | {cls: row}, known.keys | {cls: artefact.key}
     test = replace(dataset.test, labels=dataset.test.labels.where(dataset.test.labels != first, cls))
     context = replace(context, dataset=replace(dataset, test=test) if cls != first else dataset)
@@ -140,27 +128,3 @@ def learn(
     right, tested = int((predicted == true)[true == cls].sum()), int((true == cls).sum())
     what = generator, run.known[near], samples[cls], right, tested
     return OwnClass(run, name, cls, *what, run.class_accuracies, after)
-
-
-def _watched(trainer: Trainer, generator: Generator, watch: Watch) -> Trainer:
-    """The trainer, that shows samples from the same noise at first, at its end and at equal times between."""
-    e, report, device = generator.context.experiment, trainer.runtime.report, generator.context.runtime.device
-    x0 = noise(e.seed, 0, 0, (8, e.channels, e.image_size, e.image_size)).to(device)
-    due = iter(range(0, trainer.plan.steps, max(1, trainer.plan.steps // SNAPSHOTS)))
-    at = [next(due)]
-
-    def seen(event) -> None:
-        report(event)
-        if (
-            event["event"] == "loss"
-            and not event.get("replayed")
-            and (event["step"] >= at[0] or event["step"] == event["steps"])
-        ):
-            at[0] = next((step for step in due if step > event["step"]), event["steps"])
-            with torch.no_grad():
-                rows = {name: v.detach() for name, v in (trainer.average or trainer.parameters).items()}
-                images = Solver("midpoint", 3).integrate(generator.adapters.velocity(rows, 1), x0)[0]
-            watch(event["step"], event["loss"], to_bytes(images).cpu())
-
-    trainer.runtime = replace(trainer.runtime, report=seen)
-    return trainer

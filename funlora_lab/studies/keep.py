@@ -1,11 +1,14 @@
 """What notebooks keep in the clone (figures, tables in three forms, results), and the pictures every run leaves."""
 
+import io
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
+from torch import Tensor
 
 from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, average_accuracies
@@ -15,6 +18,7 @@ from funlora_lab.experiment import Experiment, place
 from funlora_lab.presets import PRESETS
 from funlora_lab.store import UNFINISHED, checkout, key_of, make_folder, update_json, write_atomically
 from funlora_lab.studies import plots, sweeps
+from funlora_lab.training import Event, Watch
 
 
 def folder_name(experiment: Experiment) -> str:
@@ -85,6 +89,18 @@ def latex(frame: pd.DataFrame, caption: str) -> str:
     return text.replace("±", r"$\pm$")
 
 
+def looks(folder: Path) -> Watch:
+    """Keeps what is drawn in a run's training as ``training/<stage>-<first class>-<step>.png`` in the run's folder."""
+
+    def keep(event: Event, images: Tensor) -> None:
+        make_folder(folder / "training")
+        name, png = "-".join(map(str, [event["stage"], *event["classes"][:1], f"{event['step']:07}"])), io.BytesIO()
+        Image.fromarray(plots.tile(images, len(images)).squeeze()).save(png, "png")
+        write_atomically(folder / "training" / f"{name}.png", png.getvalue())
+
+    return keep
+
+
 def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
     """name -> Drawing: samples beside real images, losses, accuracy per task, confusion matrix."""
     drawn, names, order = {}, run.classes, run.order
@@ -101,6 +117,38 @@ def pictures(run: OpenRun, shown: int = 10) -> dict[str, plots.Drawing]:
         drawn["accuracy"] = plots.accuracy_per_task({"": {run.experiment.method: averages}})
         drawn["confusion"] = plots.confusion(run.results["confusion"], names)
     return drawn
+
+
+def samples_after_every_task(run: OpenRun, count: int = 4) -> plots.Drawing:
+    """The same noise of every class after every task, of at most a dozen classes: what was learned first stays.
+
+    Above them real images, where the data set is still there.
+    """
+    after = {f"after task {k}": run.samples_after(k, count) for k in range(1, len(run.tasks) + 1)}
+    order = run.context.classes[:12]
+    columns = list(after.items())
+    with suppress(LabError):
+        columns.insert(0, ("real", {cls: run.context.dataset.train.of(cls).pixels[:count] for cls in order}))
+    return plots.sample_columns(columns, order, run.classes)
+
+
+def accuracy_table(run: OpenRun) -> pd.DataFrame:
+    """a_{k,j} of Eq. 22: one line a task k, one column a task j, and their mean A_k; nan where nothing was scored."""
+    matrix, names = run.results["accuracy"], [" ".join(run.classes[cls] for cls in classes) for classes in run.tasks]
+    short = [name if len(name) < 25 else f"{len(task)} classes" for name, task in zip(names, run.tasks, strict=True)]
+    heads = [f"{k}: {name}" for k, name in enumerate(short, 1)]
+    lines = [dict(zip(heads, line or (), strict=False)) for line in matrix]
+    frame = pd.DataFrame(lines, [f"after task {k}" for k in range(1, len(lines) + 1)], heads, float)
+    return frame.assign(mean=pd.Series(average_accuracies(matrix), frame.index, float))
+
+
+def class_table(run: OpenRun) -> pd.DataFrame:
+    """One line a class: task, closing accuracy, recognition and held-out flow loss."""
+    tasks = {run.classes[cls]: k for k, classes in enumerate(run.tasks, 1) for cls in classes}
+    frame = pd.DataFrame({"task": tasks, "accuracy": run.class_accuracies}, tasks)
+    names = {"recognition of samples": "recognition_per_class", "flow loss": "flow_loss_per_class"}
+    found = {words: {run.classes[int(c)]: v for c, v in run.results[name].items()} for words, name in names.items()}
+    return frame.assign(**{words: pd.Series(values, dtype=float) for words, values in found.items()})
 
 
 def save_pictures(run: OpenRun) -> list[Path]:

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -17,6 +18,8 @@ INK, GREY, GRID = "#222222", "#666666", "#d9d9d9"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b47a00", "#2a8fcf", "#666666", "#000000")
 MARKERS = "osD^v<>P"
 DPI, LARGEST = 110, 40.0  # inches a side: at most 20 million pixels, whatever is drawn
+CJK = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "IPAGothic", "Hiragino Sans", "Microsoft YaHei")
+FONTS = ["DejaVu Sans", *(font for font in CJK if font in fontManager.get_font_names())]  # for names in any script
 LETTERS = 32  # of a line of a name; longer ones are shortened in their middle
 
 
@@ -28,6 +31,7 @@ class Drawing(Figure):
             axis.get_xticklabels(), axis.get_yticklabels()  # written now
         for text in self.findobj(Text):  # only the numbers of matplotlib's own ticks are formulas
             text.set_parse_math("\\mathdefault" in text.get_text())
+            text.set_fontfamily(FONTS)
         super().draw(renderer)
 
     def png(self) -> bytes:

@@ -16,7 +16,7 @@ from funlora_lab.adapters import METHODS
 from funlora_lab.continual import OpenRun, open_run
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
-from funlora_lab.store import Run, home
+from funlora_lab.store import Run, canonical, home, listing
 from funlora_lab.studies.cost import seconds_of
 from funlora_lab.studies.tables import Cell
 from funlora_lab.training import ignore, pick_device
@@ -169,6 +169,20 @@ def readable(summary: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -
             if measure == "flow_loss" and none_held_out:
                 lines[row][heading] = ""
     return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def over_seeds(where: Path | None = None) -> pd.DataFrame:
+    """Finished runs that differ in their seed alone: how many, and mean ± standard deviation of what they reached."""
+    finished, measures = [run for run in listing(where) if run["results"]], ["LA", "AIA", "recognition", "flow_loss"]
+    alike = [canonical({k: v for k, v in run["settings"].items() if k != "seed"}) for run in finished]
+    known = [run["settings"] | run["results"] for run in finished]
+    frame = pd.DataFrame(known, columns=["preset", "method", *measures]).astype(dict.fromkeys(measures, float))
+    groups = frame.groupby(pd.Series(alike, dtype=str), sort=False)
+    table, mean, spread = groups[["preset", "method"]].first(), groups[measures].mean(), groups[measures].std()
+    table["seeds"] = groups.size()
+    for name in measures:
+        table[name] = [cell_text(*of, 4) for of in zip(mean[name], spread[name], table["seeds"], strict=True)]
+    return table
 
 
 def paired(frame: pd.DataFrame, row: str, measure: str = "flow_loss") -> pd.DataFrame:

@@ -13,6 +13,7 @@ from funlora_lab.seeds import Shuffle, seed_of
 from funlora_lab.store import Artefact, canonical, fingerprint, read_json, write_atomically
 from funlora_lab.systems.generator import Source
 from funlora_lab.systems.network import WholeNetwork, meta_unet, noisy_batch
+from funlora_lab.systems.sampling import glimpse
 from funlora_lab.training import Inputs, Plan, Trainer, autocast, rounded
 from funlora_lab.unet import UNet
 
@@ -57,15 +58,14 @@ class AdaptedBase(WholeNetwork):
         other.rows, other.keys = self.rows | {cls: row}, self.keys | {cls: artefact.key}
         return other
 
-    def learned_alone(self, artefact: Artefact, cls: int, pixels: Tensor, start: Row, *key: str, watched=None) -> Row:
+    def learned_alone(self, artefact: Artefact, cls: int, pixels: Tensor, start: Row, *key: str) -> Row:
         """One class's row, trained by itself from ``start`` on images uint8 (N, C, H, W) and kept in an artefact.
 
-        ``key`` names the random streams, by default those of any adapter; ``watched(trainer)`` may replace the trainer.
+        ``key`` names the random streams, by default those of any adapter.
         """
 
         def make() -> None:
-            trainer = self.adapter_trainer(artefact, [cls], [pixels], [start], *key)
-            rows, facts = (watched(trainer) if watched else trainer).fit()
+            rows, facts = self.adapter_trainer(artefact, [cls], [pixels], [start], *key).fit()
             artefact.finish(unstack(rows, 1)[0], **facts, cls=cls)
 
         self.context.ready(artefact, make)
@@ -153,10 +153,16 @@ class AdaptedBase(WholeNetwork):
             with autocast(e.precision, device):
                 return self.loss(adapters.velocity(parameters, K, frozen), batch).reshape(N, K).mean(0)
 
+        def draw(rows: Row) -> Tensor:
+            other = copy(self)
+            other.rows, other.keys = dict(zip(classes, unstack(rows, K), strict=True)), dict.fromkeys(classes, "")
+            return glimpse(other, classes)
+
         plan = Plan.of(e.adapter, rate, e.adapter.steps, e.log_every)
         optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
         labels = [{"stage": "adapter", "class": cls} for cls in classes]
-        return Trainer(group, plan, optimizer, parameters, inputs_at, losses_of, self.context.runtime, labels)
+        given = optimizer, parameters, inputs_at, losses_of, self.context.runtime, labels
+        return Trainer(group, plan, *given, draw=draw)
 
     def source(self, cls: int) -> Source:
         if cls in self.labels:

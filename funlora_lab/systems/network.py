@@ -1,5 +1,6 @@
 """The network trained as a whole: on task 1, and by every system that has no adapters."""
 
+from copy import copy, deepcopy
 from dataclasses import asdict
 from functools import cache
 
@@ -12,6 +13,7 @@ from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
 from funlora_lab.seeds import Shuffle, Streams, seed_of, seeded
 from funlora_lab.store import Artefact, fingerprint
 from funlora_lab.systems.generator import Batch, Generator, Source
+from funlora_lab.systems.sampling import glimpse
 from funlora_lab.training import Inputs, Plan, Trainer, autocast, dropout_from, prepared, rounded
 from funlora_lab.unet import UNet, load_base, read_checkpoint
 
@@ -133,10 +135,17 @@ class WholeNetwork(Generator):
             with dropout_from(inputs["dropout"]), autocast(e.precision, device):
                 return team.mean(self.loss(lambda t, x: network(t, x, batch.y), batch), B)[None]
 
-        parameters, stage = dict(net.named_parameters()), [{"stage": name}]
+        def draw(weights: dict[str, Tensor]) -> Tensor:
+            other, shown = copy(self), deepcopy(net).eval().requires_grad_(False)
+            shown.load_state_dict(weights, strict=False)
+            other.adopt(shown, "", labels)
+            return glimpse(other, labels)
+
+        parameters = dict(net.named_parameters())
         optimizer = torch.optim.Adam(parameters.values(), lr=e.base.lr, fused=True)
         plan = Plan.of(e.base, e.base.lr, steps, e.log_every)
-        return Trainer(artefact, plan, optimizer, parameters, inputs_at, losses_of, runtime, stage, clip=e.grad_clip)
+        given = optimizer, parameters, inputs_at, losses_of, runtime, [{"stage": name}]
+        return Trainer(artefact, plan, *given, clip=e.grad_clip, draw=draw)
 
     def adopt(self, net: UNet, key: str, labels: list[int]) -> None:
         """Take a trained network as the current one; nothing trains it until the next task does."""

@@ -16,7 +16,7 @@ from funlora_lab.errors import Damaged, memory_for
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import Solver, Velocity, noise
 from funlora_lab.store import Artefact
-from funlora_lab.systems.generator import Context, Source
+from funlora_lab.systems.generator import Context, Generator, Source
 from funlora_lab.training import autocast, computing, replayed
 
 
@@ -55,6 +55,18 @@ def stored_chunk(context: Context, artefact: Artefact, chunk: int, make: Callabl
     if fresh:
         runtime.check()
     return tensors, facts, fresh
+
+
+@torch.no_grad()
+def glimpse(generator: Generator, classes: list[int], count: int = 8) -> Tensor:
+    """About ``count`` images of classes by a generator in training, uint8 (N, C, H, W): in few steps, nothing kept."""
+    e, device, images = generator.context.experiment, generator.context.runtime.device, []
+    for cls in classes[:count]:
+        shape = (max(1, count // len(classes)), e.channels, e.image_size, e.image_size)
+        source, x0 = generator.source(cls), noise(e.seed, cls, 0, shape).to(device)
+        with computing(device), autocast(e.precision, device):
+            images.append((source.solver or Solver("midpoint", 3)).integrate(source.velocity(), x0)[0])
+    return to_bytes(torch.cat(images)).cpu()
 
 
 def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor, float]:

@@ -6,12 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.training.processes import Team
 
 Event = dict  # {"event": kind, ...}: what a run reports and logs
 Report = Callable[[Event], None]
+Watch = Callable[[Event, Tensor], None]
 
 
 def ignore(event: Event | str) -> None:
@@ -35,6 +37,8 @@ class Runtime:
     report: Report = ignore  # is given every event of a run as it happens
     tell: Callable[[str], None] = ignore  # is given a sentence when something outside holds the work up
     save_seconds: float = field(default_factory=_save_seconds)  # the least time between two saves; 0: every step
+    # is given, now and then, stage, classes, step and loss of a training, and what is drawn then, uint8 (N, C, H, W)
+    watch: Watch | None = None
     team: Team = field(default_factory=Team)  # the processes that train a whole network together
 
     def check(self) -> None:

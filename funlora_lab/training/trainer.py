@@ -7,7 +7,9 @@ Letters: L lanes, the independent problems trained side by side (K classes; 1 fo
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from funlora_lab.training.runtime import Runtime, ignore
 MEMORY = {"adapter": "lanes or adapter_batch"} | dict.fromkeys(("classifier", "own classifier"), "classifier_batch")
 KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}  # a step's learning rate, the average's
 # step towards the weights, and where its losses are noted
+LOOKS = 6  # about so many times a training that is watched is looked at
 KEPT = "the state saved before it is kept, a lower learning rate may help."
 
 
@@ -74,6 +77,7 @@ class Trainer:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # saved with the parameters
     clip: float = 0.0  # the largest gradient norm, 0 for no limit
     before: Callable[[int], None] = ignore  # is given each step before it is taken: outside of what a GPU repeats
+    draw: Callable[[dict[str, Tensor]], Tensor] | None = None  # images of a generator with such parameters, to watch
 
     def __post_init__(self):
         averaging = self.plan.ema and self.plan.ema_start < self.plan.steps
@@ -170,11 +174,18 @@ class Trainer:
         self.losses.index_copy_(0, inputs["slot"], losses.detach()[None])
 
     def _log(self) -> None:
-        for label, loss in zip(self.labels, self._losses().mean(0).tolist(), strict=True):
-            facts = {"step": self.done, "steps": self.plan.steps, "images": self.done * self.plan.batch, "loss": loss}
-            event = {"event": "loss", **label, **facts, "seconds": round(self.seconds, 3)}
+        losses, plan = self._losses().mean(0).tolist(), self.plan
+        facts = {"step": self.done, "steps": plan.steps, "images": self.done * plan.batch}
+        for label, loss in zip(self.labels, losses, strict=True):
+            event = {"event": "loss", **label, **facts, "loss": loss, "seconds": round(self.seconds, 3)}
             self.runtime.report(self.artefact.log(event))
         self.unlogged = 0
+        every, seen = max(1, plan.steps // LOOKS), self.done - 1
+        due = self.done == plan.steps or seen // every > (seen - plan.log_every) // every
+        if self.runtime.watch and self.draw and due:
+            of = {"stage": self.labels[0]["stage"], "classes": [own["class"] for own in self.labels if "class" in own]}
+            with suppress(LabError):  # a generator that is far from its end may draw nothing finite
+                self.runtime.watch(of | facts | {"loss": mean(losses)}, self.draw(self.average or self.parameters))
 
     def fit(self) -> tuple[dict[str, Tensor], dict]:
         """Train to the end -> (final or averaged parameters, facts); raises Stopped when the runtime asks for it."""

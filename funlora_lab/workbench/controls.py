@@ -5,22 +5,15 @@ from collections.abc import Iterable
 from html import escape
 
 
-def _quoted(value) -> str:
-    return escape(json.dumps(value))
-
-
 def select(name: str, label: str, options: Iterable[tuple[str, object]]) -> str:
     """A choice among (words, value)."""
-    inside = "".join(f'<option value="{_quoted(value)}">{escape(words)}</option>' for words, value in options)
+    inside = "".join(f'<option value="{escape(json.dumps(v))}">{escape(words)}</option>' for words, v in options)
     return f'<label>{escape(label)} <select name="{name}">{inside}</select></label>'
 
 
-def picks(name: str, label: str, options: Iterable[tuple[str, object]]) -> str:
-    """Any number of choices: a check box for each (words, value)."""
-    boxes = (
-        f'<label><input type="checkbox" data-pick="{name}={_quoted(value)}">{escape(words)}</label>'
-        for words, value in options
-    )
+def picks(name: str, label: str, options: Iterable[tuple[str, int]]) -> str:
+    """Any number of choices, a list of numbers: a check box for each (words, value)."""
+    boxes = (f'<label><input type="checkbox" name="{name}" value="{v}">{escape(words)}</label>' for words, v in options)
     return f"<fieldset><legend>{escape(label)}</legend>{''.join(boxes)}</fieldset>"
 
 
@@ -41,11 +34,14 @@ def field(name: str, label: str, kind: str = "text", width: int = 160, hint: str
     return f'<label>{escape(label)} <input type="{kind}" name="{name}" {look}></label>'
 
 
-def button(act: str, label: str, kind: str = "", value: str = "", off: bool = False, words: str = "") -> str:
-    """Calls ``press_<act>(value)`` of the panel; ``kind``: main, halt or none."""
-    state, named = " disabled" if off else "", f' aria-label="{escape(words)}"' if words else ""
-    attributes = f'data-press="{act}" data-value="{escape(value)}"{named}{state}'
-    return f'<button type="button" class="{kind}" {attributes}>{escape(label)}</button>'
+def button(
+    act: str, label: str, kind: str = "", value: object = "", words: str = "", pressed: bool | None = None
+) -> str:
+    """Calls ``press_<act>(value)`` of the panel; ``kind``: main, halt or none; ``words`` say more than the label."""
+    named = f' aria-label="{escape(words)}"' if words else ""
+    state = "" if pressed is None else f' aria-pressed="{str(pressed).lower()}"'
+    how = f'class="{kind}" data-press="{act}" data-value="{escape(str(value))}"{named}{state}'
+    return f'<button type="button" {how}>{escape(label)}</button>'
 
 
 def upload(act: str, label: str, accept: str) -> str:

@@ -6,17 +6,19 @@ Letters: N images of C channels and H x W pixels, K rows. Images are uint8 (N, C
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from operator import itemgetter
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from funlora_lab.adapters import Row, stack
+from funlora_lab.adapters import stack
 from funlora_lab.continual import OpenRun, predict, synthetic, train_classifier
 from funlora_lab.data import to_bytes
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver, noise
 from funlora_lab.systems import Generator
+from funlora_lab.training import Event
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.layers import ALONE
 from funlora_lab.workbench.markup import Markup
@@ -79,63 +81,72 @@ class SameNoise:
         answers = predict(self.run.judge, images, self.run.runtime.device).tolist()
         return [self.run.classes[self.run.context.classes[i]] for i in answers]
 
+    def verdict(self, images: Tensor, cls: int) -> tuple[list[str], list[bool], str]:
+        """What images of a class are taken for, which are taken for another class, and how many are recognised.
+
+        A class of one's own is none that the classifier knows.
+        """
+        name, taken = self.run.known[cls], self.judged(images)
+        if name not in self.run.classes:
+            return taken, [False] * len(taken), "a class of your own"
+        return taken, [one != name for one in taken], f"{taken.count(name)} of {len(taken)} recognised"
+
     def compare_tasks(self, classes: Sequence[int]) -> Markup:
-        return Markup("".join(self._compared(cls, self.across_tasks(cls)) for cls in classes))
+        return Markup("".join(self.compared(cls, self.across_tasks(cls)) for cls in classes))
 
-    def compare_runs(self, runs: Sequence[OpenRun], classes: Sequence[int]) -> Markup:
-        return Markup("".join(self._compared(cls, self.across_runs(runs, cls)) for cls in classes))
-
-    def _compared(self, cls: int, columns: dict[str, Tensor]) -> str:
+    def compared(self, cls: int, columns: dict[str, Tensor]) -> str:
+        """A class's images of several origins, a row each, and whether they are the same."""
         title, drawn = f"class {self.run.known.get(cls) or self.run.classes[cls]}", list(columns.values())
         same, changed = identical(drawn), max(drift(drawn[0], other) for other in drawn)
         words = "bit-identical" if same else f"not identical: up to {changed:.1f} of 255 apart on average"
         rows = [[escape(name), markup.picture(images, f"{title}, {name}")] for name, images in columns.items()]
         return f"<b>{escape(title)}</b> {markup.badge(same, words) if drawn[1:] else ''}{markup.sheet(rows)}"
 
-    def grid(self, images: Tensor, cls: int) -> str:
-        """Samples of a class, those outlined that the classifier trained on real images takes for another one."""
-        name, taken = self.run.known[cls], self.judged(images)
-        wrong = [name in self.run.classes and other != name for other in taken]
-        words = [f"sample {i} of class {name}, taken for {other}" for i, other in enumerate(taken, 1)]
-        return markup.grid(images, words, wrong)
+    def grid(self, images: Tensor, cls: int) -> tuple[str, str]:
+        """Samples of a class, outlined where they are taken for another, and how many are recognised."""
+        taken, wrong, words = self.verdict(images, cls)
+        names = [f"sample {i} of class {self.run.known[cls]}, taken for {one}" for i, one in enumerate(taken, 1)]
+        return markup.grid(images, names, wrong), words
 
-    def sheet(self, classes: Sequence[int]) -> Markup:
-        """One row of images a class, beside what the classifier trained on real images takes them for."""
-        rows = []
-        for cls in classes:
-            drawn, name = self.images(cls), self.run.known[cls]
-            recognised = f"{self.judged(drawn).count(name)} of {self.count} recognised"
-            judged = recognised if name in self.run.classes else "a class of your own"
-            rows.append([f"<b>{escape(name)}</b>", self.grid(drawn, cls), judged])
-        return Markup(markup.sheet(rows))
+    def sheet(self, cls: int) -> str:
+        """A row of images of a class, beside what the classifier of real images takes them for."""
+        return markup.sheet([[f"<b>{escape(self.run.known[cls])}</b>", *self.grid(self.images(cls), cls)]])
 
-    def film(self, cls: int) -> Markup:
+    def film(self, cls: int) -> str:
         """A class's images on their way from noise, one frame a moment of the panel's time."""
         states, name = self.path(cls, FRAMES), self.run.known[cls]
-        wrong = [name in self.run.classes and taken != name for taken in self.judged(states[-1])]
         words = f"{self.count} images of class {name} from noise to image"
-        return Markup(f"<b>{escape(name)}</b>{markup.film(states, words, wrong, 48)}")
+        return f"<b>{escape(name)}</b>{markup.film(states, words, self.verdict(states[-1], cls)[1], 48)}"
 
-    def mixed(self, first: int, second: int, shares: Sequence[float]) -> Markup:
-        """(1 - share) of one class's numbers plus ``share`` of another's, for every share."""
-        names = self.run.known[first], self.run.known[second]
+    def mixed(self, first: int, second: int, shares: Sequence[float]) -> str:
+        """(1 - share) of one class's numbers plus ``share`` of another's, for every share, drawn in one batch."""
+        names, x0, lines = [self.run.known[cls] for cls in (first, second)], self.noise(first), []
         one, other = self.run.full_row(first), self.run.full_row(second)
-        mixed = [{name: torch.lerp(value, other[name], share) for name, value in one.items()} for share in shares]
-        titles = [f"{1 - share:.0%} {names[0]} + {share:.0%} {names[1]}" for share in shares]
-        return self._rows(first, dict(zip(titles, mixed, strict=True)))
-
-    def _rows(self, cls: int, rows: dict[str, Row]) -> Markup:
-        """Images of every row of numbers, drawn in one batch, with their drift from those of class ``cls`` as it is."""
-        rows, x0, lines = {"as learned": self.run.full_row(cls)} | rows, self.noise(cls), []
-        K, stacked = len(rows), {name: value.to(x0.device) for name, value in stack(list(rows.values())).items()}
+        mixed = [{name: torch.lerp(one[name], other[name], share) for name in one} for share in (0.0, *shares)]
+        K, stacked = len(mixed), {name: value.to(x0.device) for name, value in stack(mixed).items()}
         with ALONE, torch.no_grad():
             velocity = self.run.adapters.velocity(stacked, K)
             drawn = to_bytes(self.solver.integrate(velocity, x0.repeat_interleave(K, 0))[0]).cpu()
-        for k, name in enumerate(rows):
+        titles = ["as learned", *(f"{1 - share:.0%} {names[0]} + {share:.0%} {names[1]}" for share in shares)]
+        for k, title in enumerate(titles):
             answers = pd.Series(self.judged(drawn[k::K])).value_counts()
             taken = ", ".join(f"{number} × {answer}" for answer, number in answers.items())
-            lines.append([name, markup.picture(drawn[k::K], name), f"{drift(drawn[::K], drawn[k::K]):.1f}", taken])
-        return Markup(markup.sheet(lines, ("", "same noise", "drift, of 255", "taken for")))
+            lines.append([title, markup.picture(drawn[k::K], title), f"{drift(drawn[::K], drawn[k::K]):.1f}", taken])
+        return markup.sheet(lines, ("", "same noise", "drift, of 255", "taken for"))
+
+
+def watched(looks: list[tuple[Event, Tensor]], event: Event, images: Tensor) -> str:
+    """Add a look at a training to those before (of this training alone): a row of images each, beside its loss."""
+    training = itemgetter("stage", "classes", "steps")
+    if looks and (training(looks[-1][0]) != training(event) or looks[-1][0]["step"] >= event["step"]):
+        looks.clear()
+    looks.append((event, images))
+    rows = [
+        [f"step {e['step']:,}", markup.picture(drawn, f"samples at step {e['step']}"), f"loss {e['loss']:.4f}"]
+        for e, drawn in looks
+    ]
+    what = f"{event['stage']} {', '.join(map(str, event['classes']))}".strip()
+    return f"<b>{escape(what)}, in training: samples from the same noise</b>{markup.sheet(rows)}"
 
 
 def tested(run: OpenRun) -> tuple[Tensor, Tensor]:

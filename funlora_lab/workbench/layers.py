@@ -7,6 +7,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -68,12 +69,14 @@ def function_picture(view: FunctionView, side: int = 200) -> Markup:
     """A beside B above F = f(A, B), each white where it is 1, a colour bar, and F's singular values, logarithmic."""
     (O, I), left, top, bar = view.F.shape, 20, 36, 10
     height, width, x, reach = side * O / max(O, I), side * I / max(O, I), 20 + bar + 4, reach_of(view.F)
-    right, chart, floor, bars = x + width + 78, 1.25 * side, 9.0, []  # down to 1e-9 of the largest value
-    step = chart / len(view.singular)
-    for i, value in enumerate(view.singular.tolist()):
-        share = 1 + np.log10(max(value / max(float(view.singular[0]), 1e-300), 10**-floor)) / floor
-        colour, words = BLUE if i < view.rank else GREY, f"singular value {i + 1}: {value:.3g}"
-        tall = max(side * share, 1)
+    right, chart, floor = x + width + 98, 1.25 * side, 9.0  # down to 1e-9 of the largest value
+    step, shares = (
+        chart / len(view.singular),
+        (view.singular / view.singular[0].clamp_min(1e-300)).clamp_min(10**-floor),
+    )
+    bars = []
+    for i, tall in enumerate((side * (1 + shares.log10() / floor)).clamp_min(1).tolist()):
+        colour, words = BLUE if i < view.rank else GREY, f"singular value {i + 1}: {view.singular[i]:.3g}"
         bars.append(svg_box(right + i * step, top + side - tall, max(step - 1, 1), tall, colour, words))
     line = top - side * np.log10(rank.TOLERANCE) / floor
     ramp = around_one(torch.linspace(1 + reach, 1 - reach, 64)[:, None], reach)
@@ -84,15 +87,16 @@ def function_picture(view: FunctionView, side: int = 200) -> Markup:
         svg_text(x + width / 2, top - bar - 8, "B", "middle", 13, "bold"),
         svg_image(x, top - bar - 4, width, bar, around_one(view.B[None])),
         svg_image(x, top, width, height, around_one(view.F, reach)),
-        svg_text(left, top + side + 16, f"F {O} × {I}: {view.F.min():.3g} to {view.F.max():.3g}", size=11),
+        svg_text(left, top + side + 16, f"F {O} × {I}: {view.F.min():.3g} to {view.F.max():.3g}", size=12),
         svg_image(x + width + 6, top, bar, side, ramp),
-        *(svg_text(x + width + bar + 9, y, words, size=10) for y, words in ends),
+        *(svg_text(x + width + bar + 9, y, words, size=11) for y, words in ends),
         *bars,
         element("line", x1=right, x2=right + chart, y1=line, y2=line, stroke="currentColor", stroke_dasharray="5 4"),
-        svg_text(right + chart, line - 4, f"counted above {rank.TOLERANCE:.0e}", "end", 10),
-        svg_text(right, top + side + 16, "singular values / largest", size=11),
+        *(svg_text(right - 5, y, words, "end", 11) for y, words in ((top + 9, "1"), (top + side, f"1e-{floor:.0f}"))),
+        svg_text(right + chart, line - 4, f"counted above {rank.TOLERANCE:.0e}", "end", 11),
+        svg_text(right, top + side + 16, "singular values / largest", size=12),
         svg_text(right - 16, 18, f"rank {view.rank}", size=18, weight="bold"),
-        svg_text(right + 66, 18, f"of at most {view.bound}", size=11),
+        svg_text(right + 66, 18, f"of at most {view.bound}", size=12),
     ]
     words = f"{view.method}: rank {view.rank} of at most {view.bound}, F from {view.F.min():.3g} to {view.F.max():.3g}"
     return markup.svg(right + chart + 4, top + side + 22, parts, words)
@@ -102,7 +106,7 @@ class AdaptedLayers:
     """The convolutions that a run adapts, ``names`` by index, and what classes learned there; LabError without any."""
 
     def __init__(self, run: OpenRun):
-        self.run, self.names, self._values = run, {}, {}
+        self.run, self.names, self.values = run, {}, cache(self._values)
         self.method = run.adapters.method if run.generator.frozen else None
         if run.generator.frozen and run.generator.rows:
             self.names = {i: name for i, name in enumerate(conv_layers(run.network)) if name in run.adapters.layers}
@@ -142,16 +146,13 @@ class AdaptedLayers:
             return ((W - W0).abs().mean() / W0.abs().mean()).item()
 
     @torch.no_grad()
-    def values(self, measure: str) -> pd.DataFrame:
+    def _values(self, measure: str) -> pd.DataFrame:
         """One line a class that learned a row, one column an adapted layer (its index), of one of ``MEASURES``."""
         if measure not in MEASURES:
             raise LabError(f"measure={measure}: accepted is {', '.join(MEASURES)}.")
-        if measure not in self._values:
-            known, value = self.run.known, MEASURES[measure]
-            values = {known[cls]: [value(self, cls, layer) for layer in self.names] for cls in self.run.generator.rows}
-            frame = pd.DataFrame.from_dict(values, orient="index", columns=list(self.names)).rename_axis("class")
-            self._values[measure] = frame
-        return self._values[measure]
+        known, value = self.run.known, MEASURES[measure]
+        values = {known[cls]: [value(self, cls, layer) for layer in self.names] for cls in self.run.generator.rows}
+        return pd.DataFrame.from_dict(values, orient="index", columns=list(self.names)).rename_axis("class")
 
     @property
     def measures(self) -> list[str]:
@@ -180,7 +181,7 @@ class AdaptedLayers:
 
     def spectra(self, layer: int, classes: Sequence[int]) -> plots.Drawing:
         """What classes learned for a layer: ponderations, frequencies or exponents, and the singular values of F."""
-        figure, axes = plots.drawing(9.6, 2.9, 1, 3)
+        figure, axes = plots.drawing(7.8, 2.7, 1, 3)
         ponderation, frequency, spectrum = axes[0]
         for i, cls in enumerate(classes if self.method.matrix else ()):
             style = {"color": plots.COLOURS[i % len(plots.COLOURS)], "label": plots.short(self.run.known[cls])}
@@ -229,40 +230,38 @@ def unet_picture(
     With ``off``, the layers whose adapters are turned off, it is a control: an adapted layer is chosen by a click and
     the square below it turns its adapter off and on.
     """
-    sizes, live = sorted(set(layers["size"]), reverse=True), off is not None
-    wide, drop, top, left = max(14.0, min(30.0, 900 / len(layers))), 30 if live else 62, 40, 36
-    tall, low, high = 26 if live else 32, min(values.values()), max(values.values())
+    sizes, wide, drop, tall = sorted(set(layers["size"]), reverse=True), max(14.0, min(28.0, 900 / len(layers))), 30, 26
+    top, left, low, high = 40, 36, min(values.values()), max(values.values())
     right, bottom = left + len(layers) * wide, top + (len(sizes) - 1) * drop + tall
     ramp = markup.coloured(np.linspace(low, high, 64)[None], low, high, "viridis")
-    parts = [svg_text(left, 16, title, size=13, weight="bold"), svg_image(right - 290, 8, 100, 9, ramp)]
-    parts.append(svg_text(right - 182, 16, f"{low:.3g} to {high:.3g}; grey: not adapted", size=11))
+    parts = [svg_text(left, 16, title, size=13, weight="bold"), svg_image(right - 270, 8, 80, 9, ramp)]
+    parts.append(svg_text(right - 184, 16, f"{low:.3g} to {high:.3g}; grey: not adapted", size=12))
     for part in ("encoder", "middle", "decoder"):
         inside = layers.index[layers["part"] == part]
-        parts.append(svg_text(left + (inside[0] + inside[-1] + 1) / 2 * wide, 33, part, "middle", 11))
+        parts.append(svg_text(left + (inside[0] + inside[-1] + 1) / 2 * wide, 33, part, "middle", 12))
     for level, size in enumerate(sizes):
         xs, y = left + (layers.index[layers["size"] == size] + 0.5) * wide, top + level * drop + tall / 2
-        parts.append(svg_text(left - 8, y + 4, f"{size}²", "end", 11))
+        parts.append(svg_text(left - 8, y + 4, f"{size}²", "end", 12))
         parts.append(element("line", x1=xs[0], x2=xs[-1], y1=y, y2=y, stroke=GREY, stroke_dasharray="2 4"))
     for i, name, _, inputs, outputs, kernel, size in layers.itertuples():
         x, y, small = left + i * wide, top + sizes.index(size) * drop, 5 if kernel == 1 else 0
-        colour, shown, edge = "#9a9a9a", "not adapted", ORANGE if i == chosen else "none"
+        colour, shown, edge = GREY, "not adapted", {"edge": ORANGE, "thick": 2.5} if i == chosen else {"edge": GREY}
         if i in values:
             colour = "#" + markup.coloured(np.array([[values[i]]]), low, high, "viridis").tobytes().hex()
             shown = f"{values[i]:.3g}"
         words = f"{i}: {name}, {inputs} → {outputs} channels, {kernel} × {kernel}, {shown}"
-        box = svg_box(x + 1, y + small, wide - 3, tall - 2 * small, colour, words, edge)
-        if live and i in values:
-            how = {"role": "button", "tabindex": "0", "data_set": f"layer={i}", "aria_label": f"layer {words}"}
-            box = element("g", box, **how, aria_pressed=str(i == chosen).lower())
-            lit = i not in off
-            how = {"role": "switch", "tabindex": "0", "data_press": "switch", "data_value": str(i)}
+        box = svg_box(x + 1, y + small, wide - 3, tall - 2 * small, colour, words, **edge)
+        if off is not None and i in values:
+            how, lit = {"tabindex": "0", "data_value": str(i)}, i not in off
+            about = {"aria_label": f"layer {words}", "aria_pressed": str(i == chosen).lower()}
+            box = element("g", box, role="button", data_press="layer", **how, **about)
+            about = {"aria_label": f"adapter of layer {i}", "aria_checked": str(lit).lower()}
             switch = svg_box(x + 2, bottom + 17, wide - 5, 9, BLUE if lit else "none", f"adapter {i}", GREY)
-            parts.append(element("g", switch, **how, aria_checked=str(lit).lower(), aria_label=f"adapter of layer {i}"))
+            parts.append(element("g", switch, role="switch", data_press="switch", **how, **about))
         parts.append(box)
         if wide >= 20 or i % 5 == 0 or i == chosen:
-            below = bottom + 13 if live else y + 46
-            parts.append(svg_text(x + wide / 2 - 0.5, below, str(i), "middle", 10))
-    bottom += 28 if live else 18
-    if live:
-        parts.append(svg_text(left - 8, bottom - 2, "on", "end", 11))
-    return markup.svg(right + 10, bottom + 2, parts, title, "group" if live else "img")
+            parts.append(svg_text(x + wide / 2 - 0.5, bottom + 13, str(i), "middle", 11))
+    if off is not None:
+        first = left + min(values) * wide
+        parts.append(svg_text(first - 8, bottom + 26, "adapters on" if first > 120 else "on", "end", 12))
+    return markup.svg(right + 10, bottom + 30, parts, title, "img" if off is None else "group")

@@ -7,6 +7,8 @@ A state is a ``Bend``; its text reproduces it, here as in the panel:
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +34,19 @@ class Bend:
     layer: int
     function: str = ""  # of METHODS; empty: the run's own
     off: tuple[int, ...] = ()  # layers whose adapters are turned off
-    changed: dict[tuple[int, str, int], float] = field(default_factory=dict)  # (layer, number, its index) -> value
-    spread: dict[int, float] = field(default_factory=dict)  # layer -> deviation of the noise on its A and B
+    # (layer, number, its index) -> value, and (layer, "spread") -> deviation of noise on its A and B
+    changed: dict[tuple, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         words = [f"class={self.cls}", f"layer={self.layer}"]
         words += [f"function={self.function}"] if self.function else []
         words += [f"off={','.join(map(str, self.off))}"] if self.off else []
-        words += [f"{layer}.spread={amount:g}" for layer, amount in self.spread.items()]
-        return " ".join(words + [f"{k}.{name}.{i}={value:.6g}" for (k, name, i), value in self.changed.items()])
+        return " ".join(words + [f"{'.'.join(map(str, key))}={value:.6g}" for key, value in self.changed.items()])
 
     @classmethod
     def read(cls, text: str) -> "Bend":
         """The state that ``str`` wrote down; raises LabError naming the first word that is none."""
-        bend = {"cls": 0, "layer": 0, "changed": {}, "spread": {}}
+        bend = {"cls": 0, "layer": 0, "changed": {}}
         for word in text.split():
             name, _, value = word.partition("=")
             try:
@@ -55,25 +56,22 @@ class Bend:
                     bend["off"] = tuple(int(layer) for layer in value.split(","))
                 elif name == "function":
                     bend["function"] = value
-                elif name.endswith(".spread"):
-                    bend["spread"][int(name.removesuffix(".spread"))] = float(value)
                 else:
-                    layer, number, index = name.split(".")
-                    bend["changed"][int(layer), number, int(index)] = float(value)
+                    layer, number, *index = name.split(".")
+                    bend["changed"][int(layer), number, *map(int, index)] = float(value)
             except ValueError:
                 accepted = "class=7 layer=13 off=14,15 13.spread=0.1 13.frequency.2=4.5"
-                raise LabError(
-                    f"'{word}' says nothing of a bent class: accepted are words such as {accepted}."
-                ) from None
+                raise LabError(f"'{word}' says nothing of a bent class: accepted are words as in {accepted}.") from None
         return cls(**bend)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What came of it: states (frames, N, C, H, W) from noise to image, what they are taken for, the flow loss."""
+class Seen(NamedTuple):
+    """What came of it: states (frames, N, C, H, W) from noise to image, ``SameNoise.verdict`` on them, flow loss."""
 
     states: Tensor
     taken: list[str]
+    wrong: list[bool]
+    words: str
     loss: float | None
 
 
@@ -81,21 +79,22 @@ class Lens:
     """Bends of the classes of a run; raises LabError for one that adapts no convolutions."""
 
     def __init__(self, run: OpenRun):
-        self.run, self.adapted, self._as_learned = run, AdaptedLayers(run), {}
-        self.method = run.experiment.method
+        self.run, self.adapted, self.method = run, AdaptedLayers(run), run.experiment.method
+        self.learned = cache(self._learned)  # every bend is set beside it
 
     def check(self, bend: Bend) -> None:
         """Raise LabError for a class, layer, function or number that this run does not have."""
         self.run.class_of(bend.cls)
-        for layer in (bend.layer, *bend.off, *bend.spread, *(layer for layer, _, _ in bend.changed)):
+        for layer in (bend.layer, *bend.off, *(layer for layer, *_ in bend.changed)):
             self.adapted.name_of(layer)
         if bend.function and (bend.function not in METHODS or METHODS[bend.function].matrix is None):
             names = ", ".join(name for name, method in METHODS.items() if method.matrix)
             raise LabError(f"function={bend.function}: accepted is one of {names}.")
-        for layer, number, index in bend.changed:
+        for layer, number, *index in bend.changed:
             known = layers.function_numbers(self.numbers(replace(bend, changed={}), layer))
-            if number not in known or not 0 <= index < len(known[number]):
-                raise LabError(f"{layer}.{number}.{index}: accepted are {', '.join(known) or 'none'} of this function.")
+            if [number, *index] != ["spread"] and index not in [[i] for i in range(len(known.get(number, ())))]:
+                word = ".".join(map(str, [layer, number, *index]))
+                raise LabError(f"{word}: accepted are spread{''.join(f', {n}.INDEX' for n in known)} of this layer.")
 
     def settings(self, bend: Bend) -> Settings:
         if bend.function in ("", self.method):
@@ -111,10 +110,10 @@ class Lens:
             O, I = self.run.adapters.layers[self.adapted.name_of(layer)].weight.shape[:2]
             first = METHODS[bend.function].start(nn.Conv2d(I, O, 1, device="meta"), self.settings(bend), None)
             numbers = {key: value.double() for key, value in first.items()} | {side: numbers[side] for side in "AB"}
-        if layer in bend.spread and {"A", "B"} <= numbers.keys():
-            numbers = layers.spread(numbers, bend.spread[layer])
+        if (layer, "spread") in bend.changed and {"A", "B"} <= numbers.keys():
+            numbers = layers.spread(numbers, bend.changed[layer, "spread"])
         numbers = {name: value.clone() for name, value in numbers.items()}
-        for (where, name, index), value in bend.changed.items():
+        for (where, name, *index), value in bend.changed.items():
             if where == layer and name in numbers:
                 numbers[name][index] = value
         return numbers
@@ -131,15 +130,11 @@ class Lens:
     def row(self, bend: Bend) -> Row:
         """All numbers of the bent class, float32; those of another function than the run's change nothing here."""
         row, neutral = self.run.full_row(bend.cls), self.run.adapters.neutral()
-        own = (
-            replace(bend, function="")
-            if bend.function in ("", self.method)
-            else Bend(bend.cls, bend.layer, "", bend.off)
-        )
+        own = replace(bend, function="", changed=bend.changed if bend.function in ("", self.method) else {})
         for layer, name in self.adapted.names.items():
             if layer in own.off:
                 row |= {key: value for key, value in neutral.items() if key.startswith(f"{name}/")}
-            elif layer in own.spread or any(where == layer for where, _, _ in own.changed):
+            elif any(where == layer for where, *_ in own.changed):
                 row |= {f"{name}/{key}": value.float() for key, value in self.numbers(own, layer).items()}
         return row
 
@@ -152,11 +147,8 @@ class Lens:
             velocity = self.run.adapters.velocity(row, 1)
             states = to_bytes(solver.path(velocity, noise.noise(cls), frames)[0]).cpu()
             held = held_out_loss(self.run.context, Source("", lambda: velocity), cls, 2) if loss else None
-        return Seen(states, noise.judged(states[-1]), held)
+        return Seen(states, *noise.verdict(states[-1], cls), held)
 
-    def learned(self, cls: int, solver: Solver, frames: int = 0) -> Seen:
-        """The same as it was learned; kept, since every bend is set beside it."""
-        key = cls, solver, frames
-        if key not in self._as_learned:
-            self._as_learned[key] = self.draw(Bend(cls, next(iter(self.adapted.names))), solver, frames)
-        return self._as_learned[key]
+    def _learned(self, cls: int, solver: Solver, frames: int = 0) -> Seen:
+        """The same as it was learned."""
+        return self.draw(Bend(cls, next(iter(self.adapted.names))), solver, frames)

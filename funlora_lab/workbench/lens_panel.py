@@ -4,14 +4,14 @@ import time
 from dataclasses import replace
 from html import escape
 
-from traitlets import Float, Int, List, Unicode
+from traitlets import Float, Int, List, Unicode, link
 
 from funlora_lab.adapters import METHODS
 from funlora_lab.errors import LabError
 from funlora_lab.flow import Solver
 from funlora_lab.systems import solver_of
 from funlora_lab.workbench import layers, markup
-from funlora_lab.workbench.controls import button, film_controls, picks, place, row, select, slider
+from funlora_lab.workbench.controls import button, field, film_controls, picks, place, row, select, slider
 from funlora_lab.workbench.lens import Bend, Lens, Seen
 from funlora_lab.workbench.panel import Drawer, Panel, Working, held
 
@@ -19,8 +19,6 @@ QUICK, FRAMES = 2, 9  # steps of the picture that follows a slider; states of th
 REST = 0.35  # seconds without a move until then
 SIDE = 128  # pixels of F
 OLD = "These are still the images before; drawing."
-FORM = """<div class="funlora-lens"><div class="whole">{head}</div>{unet}{sliders}{picture}
-<div class="whole">{samples}{foot}{bar}{note}</div></div>"""
 
 
 class LensPanel(Working):
@@ -32,8 +30,7 @@ class LensPanel(Working):
     unet, sliders, picture, samples = (held(Unicode) for _ in range(4))
 
     def __init__(self, bench):
-        self.drawer, self.milliseconds = Drawer(self._follow), 0.0
-        self.bend, self.past, self._last = None, [], ("", 0.0)
+        self.drawer, self.bend, self.past, self._last = Drawer(self._follow), None, [], ("", 0.0)
         super().__init__(bench)
         self.on_change(self._turn, "cls", "layer", "function")
         self.on_change(self._slide, "ponderation", "frequency", "spread")
@@ -46,35 +43,35 @@ class LensPanel(Working):
         except LabError as reason:
             self.lens, self.body = None, markup.problem(reason)
             return
-        fits = self.lens.adapted.measures
-        own, names = self.lens.method, list(self.lens.adapted.names)
-        functions = [(f"{own} (learned)", "")] if METHODS[own].matrix else [(own, "")]
+        own, fits = self.lens.method, self.lens.adapted.measures
+        start = Bend([*self.run.generator.rows, *self.run.known][0], next(iter(self.lens.adapted.names)))
+        functions = [(f"{own} (learned)" if METHODS[own].matrix else own, "")]
         functions += [(name, name) for name, method in METHODS.items() if method.matrix and name != own]
-        head = (
+        head = row(
             select("cls", "class", self.classes),
             select("function", "function", functions),
             select("measure", "colour", [(name, name) for name in fits]),
-            button("undo", "Undo"),
-            button("reset", "Reset"),
         )
-        foot = (
-            film_controls(FRAMES),
-            '<label class="text">state <input type="text" name="text" style="width:100%" spellcheck="false"></label>',
+        below = (
+            place("samples")
+            + row(film_controls(FRAMES), field("text", "state"))
+            + self.work_places
+            + place("note", "note")
         )
-        known, at = self.run.known, self.bend
-        new = list(self.run.generator.rows) or list(known)
         with self.quietly():
             self.measure = self.measure if self.measure in fits else fits[0]
-            parts = {name: place(name) for name in ("sliders", "picture", "samples")}
-            parts |= {"unet": place("unet", "whole"), "note": place("note", "note"), "bar": self.work_places}
-            self.body = FORM.format(head=row(*head), foot=row(*foot), **parts)
-        at = at and replace(at, function="" if at.function == own else at.function)
+            self.body = (
+                f'<div class="funlora-lens"><div class="whole">{head}</div>'
+                f"{place('unet', 'whole')}{place('sliders')}{place('picture')}"
+                f'<div class="whole">{below}{place("seen")}</div></div>'
+            )
+        bend = self.bend or start
         try:
-            self.lens.check(at or Bend(new[0], names[0]))
+            bend = replace(bend, function="" if bend.function == own else bend.function)
+            self.lens.check(bend)
         except LabError:  # the state of a run before, which this one does not have
-            at = None
-        at = at or Bend(new[0], names[0])
-        self._become(at, remember=False)
+            bend = start
+        self._become(bend, remember=False)
 
     def press_reset(self) -> None:
         """Back to what was learned; the class and the layer stay."""
@@ -84,6 +81,9 @@ class LensPanel(Working):
         if not self.past:
             raise LabError("There is nothing to undo.")
         self._become(self.past.pop(), remember=False)
+
+    def press_layer(self, layer: str) -> None:
+        self.layer = int(layer)
 
     def press_switch(self, layer: str) -> None:
         """Turn the adapter of a layer off or on."""
@@ -96,21 +96,22 @@ class LensPanel(Working):
         self.begin(lambda: self.bench.train(experiment, self.runtime))
 
     def _turn(self) -> None:
-        changed = {} if self.function != self.bend.function else self.bend.changed
+        changed = self.bend.changed
+        if self.function != self.bend.function:  # which has numbers of its own
+            changed = {key: amount for key, amount in changed.items() if key[1] == "spread"}
         self._become(replace(self.bend, cls=self.cls, layer=self.layer, function=self.function, changed=changed))
 
     def _slide(self) -> None:
         """The numbers of the layer as the sliders say; one that stands where it was learned is not changed."""
         bend, layer, method = self.bend, self.layer, self.bend.function
         changed = {where: value for where, value in bend.changed.items() if where[0] != layer}
-        spread = {where: amount for where, amount in bend.spread.items() if where != layer}
         plain = Bend(bend.cls, layer, method)
         for name, values in zip(self._names(plain), (self.ponderation, self.frequency), strict=True):
             for i, value in enumerate(self.lens.numbers(plain, layer).get(name, ())):
                 if abs(values[i] - value) > 1e-9:
                     changed[layer, name, i] = float(values[i])
-        spread |= {layer: self.spread} if self.spread else {}
-        self._become(replace(bend, changed=changed, spread=spread), slid=True)
+        changed |= {(layer, "spread"): self.spread} if self.spread else {}
+        self._become(replace(bend, changed=changed), slid=True)
 
     def _names(self, bend: Bend) -> tuple[str, str]:
         """What the two columns of sliders hold: the ponderations and the function's other number, where it has them."""
@@ -119,7 +120,7 @@ class LensPanel(Working):
 
     def _become(self, bend: Bend, remember: bool = True, slid: bool = False) -> None:
         """Take a state, set every control to it, and show it: F at once, images as soon as they are drawn."""
-        begun, before = time.perf_counter(), self.bend
+        before = self.bend
         self.lens.check(bend)
         kind, now = (bend.cls, bend.layer, slid), time.monotonic()
         if remember and before and bend != before and not (slid and kind == self._last[0] and now - self._last[1] < 1):
@@ -133,14 +134,13 @@ class LensPanel(Working):
                 self.picture = layers.function_picture(self.lens.view(bend), SIDE).html
             except LabError as reason:
                 self.picture = markup.problem(reason)
-        self.milliseconds = 1000 * (time.perf_counter() - begun)
         if not before or not self.unet or (bend.off, bend.cls, bend.layer) != (before.off, before.cls, before.layer):
             self._draw_unet()
         self._wake(bend)
 
     def _set_sliders(self, bend: Bend) -> None:
         numbers, names, columns = self.lens.numbers(bend, bend.layer), self._names(bend), []
-        self.spread = bend.spread.get(bend.layer, 0.0)
+        self.spread = bend.changed.get((bend.layer, "spread"), 0.0)
         for trait, name, low, high in (("ponderation", names[0], -8.0, 8.0), ("frequency", names[1], 0.0, 20.0)):
             values = [float(value) for value in numbers.get(name, ())]
             setattr(self, trait, values)
@@ -150,9 +150,10 @@ class LensPanel(Working):
             columns += [[f"<b>{escape(name)}</b>", *column]] if values else []
         rows = max(map(len, columns), default=1)
         both = "".join("".join(column) for column in columns) or "<i>This function has no numbers of its own.</i>"
-        spread = slider("spread", "spread", 0, 1, 0.01, "spread of noise on A and B") if "A" in numbers else ""
+        below = [slider("spread", "noise on A, B", 0, 1, 0.01)] if "A" in numbers else []
+        below += [button("undo", "Undo"), button("reset", "Reset")]
         rows = f"grid-template-rows:repeat({rows},19px)"
-        self.sliders = f'<div class="sliders" style="{rows}">{both}</div>{row(spread)}'
+        self.sliders = f'<div class="sliders" style="{rows}">{both}</div>{row(*below)}'
 
     def _draw_unet(self) -> None:
         name = self.run.known[self.bend.cls]
@@ -191,12 +192,9 @@ class LensPanel(Working):
             self.note = ""
 
     def _strip(self, title: str, seen: Seen, name: str) -> list[str]:
-        wrong, count = [taken != name for taken in seen.taken], len(seen.taken)
-        words = f"{count} samples of class {name}, {title}; taken for {', '.join(seen.taken)}"
-        judged = f"{count - sum(wrong)} of {count} recognised" if name in self.run.classes else "a class of your own"
-        wrong = wrong if name in self.run.classes else [False] * count
+        words = f"{len(seen.taken)} samples of class {name}, {title}; taken for {', '.join(seen.taken)}"
         loss = "" if seen.loss is None else f"<br>flow loss {seen.loss:.3f}"
-        return [f"<b>{title}</b>", markup.film(seen.states, words, wrong), judged + loss]
+        return [f"<b>{title}</b>", markup.film(seen.states, words, seen.wrong), seen.words + loss]
 
 
 class LayerPanel(Panel):
@@ -209,6 +207,7 @@ class LayerPanel(Panel):
     def __init__(self, bench):
         super().__init__(bench)
         self.on_change(self.draw, "layer", "compared")
+        link((bench.lens, "layer"), (self, "layer"))
 
     def renew(self) -> None:
         try:

@@ -8,13 +8,11 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.font_manager import FontProperties, findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from funlora_lab.studies.plots import Drawing, tile
@@ -24,20 +22,19 @@ STYLE = f"<style>{(Path(__file__).parent / 'panel.css').read_text()}</style>"
 
 
 class Markup:
-    """A piece of HTML or SVG; a notebook shows it as it is."""
+    """A piece of HTML, or an SVG that ``words`` describe: an image that a notebook shows before anybody trusts it."""
 
-    def __init__(self, html: str):
-        self.html = html
+    def __init__(self, html: str, words: str = ""):
+        self.html, self.words = html, words
 
     def __str__(self) -> str:
-        return f'{STYLE}<div class="funlora tex2jax_ignore mathjax_ignore">{self.html}</div>'
+        shown = self.html
+        if self.words:
+            address = data_address(self.html.encode(), "image/svg+xml")
+            shown = f'<img alt="{escape(self.words)}" style="background-color:#fff" src="{address}">'
+        return f'{STYLE}<div class="funlora tex2jax_ignore mathjax_ignore">{shown}</div>'
 
     _repr_html_ = __str__
-
-    def _repr_png_(self) -> tuple[bytes, dict] | None:
-        """SVG alone: the same picture as PNG, which a notebook shows before anybody trusts it, with its words."""
-        if self.html.startswith("<svg"):
-            return raster(self.html), {"alt": ElementTree.fromstring(self.html).get("aria-label")}
 
     def __repr__(self) -> str:
         return f"Markup of {len(self.html):,} characters"
@@ -61,16 +58,17 @@ def row_of_images(images: Tensor) -> np.ndarray:
     return pixels
 
 
-def scale_of(images: Tensor) -> float:
-    """Screen pixels a pixel, so that small images are still seen well."""
-    return max(1.0, 40 / images.shape[-1])
-
-
 def picture(images: Tensor, words: str) -> str:
-    """uint8 images (N, C, H, W) side by side with sharp pixels as an ``img``; ``words`` describe it."""
-    pixels = row_of_images(images)
-    height, width = (round(side * scale_of(images)) for side in pixels.shape[:2])
+    """uint8 images (N, C, H, W) side by side, large enough to be seen well, as an ``img``; ``words`` describe it."""
+    pixels, scale = row_of_images(images), max(1.0, 40 / images.shape[-1])
+    height, width = (round(side * scale) for side in pixels.shape[:2])
     return f'<img class="pixels" alt="{escape(words)}" width="{width}" height="{height}" src="{png_address(pixels)}">'
+
+
+def stored(path: Path) -> str:
+    """A row of images that lies in a file, with sharp pixels; the file's name describes it."""
+    look = 'class="pixels" style="height:40px"'
+    return f'<img {look} alt="{escape(path.stem)}" src="{data_address(path.read_bytes())}">'
 
 
 def figure(drawn: Drawing, words: str) -> str:
@@ -80,7 +78,7 @@ def figure(drawn: Drawing, words: str) -> str:
 
 def grid(images: Tensor, words: Sequence[str], wrong: Sequence[bool]) -> str:
     """uint8 images (N, C, H, W), each named and enlarged under the pointer or the focus; ``wrong`` ones outlined."""
-    side = max(28, images.shape[-1])
+    side = max(34, images.shape[-1])
     cells = (
         f'<img tabindex="0" class="pixels{" wrong" if bad else ""}" alt="{escape(name)}" title="{escape(name)}" '
         f'width="{side}" height="{side}" src="{png_address(one.permute(1, 2, 0).numpy())}">'
@@ -92,15 +90,14 @@ def grid(images: Tensor, words: Sequence[str], wrong: Sequence[bool]) -> str:
 def film(states: Tensor, words: str, wrong: Sequence[bool], side: int = 36) -> str:
     """States (frames, N, C, H, W) of images side by side; the panel's time says which frame shows."""
     (frames, N, _, H, W), pixels = states.shape, np.concatenate([row_of_images(state) for state in states])
-    clear = np.full((*pixels.shape[:2], 1), 255, np.uint8)
+    width, clear = pixels.shape[1], np.full((*pixels.shape[:2], 1), 255, np.uint8)
     clear[:, W :: W + 1] = 0  # nothing between two images
-    scale = max(1.0, side / H)
-    size = f"width:{pixels.shape[1] * scale:.0f}px;height:{H * scale:.0f}px"
-    left = (f"left:{i * (W + 1) * scale:.1f}px;width:{W * scale:.1f}px" for i in range(N) if wrong[i])
+    left = (f"left:{100 * i * (W + 1) / width:.2f}%;width:{100 * W / width:.2f}%" for i in range(N) if wrong[i])
     marks = "".join(f'<i class="wrong" style="{where}"></i>' for where in left)
     address = png_address(np.concatenate([np.broadcast_to(pixels, (*pixels.shape[:2], 3)), clear], -1))
     shown = f'<img alt="{escape(words)}" style="width:100%;height:{100 * frames}%" src="{address}">'
-    return f'<div class="film" style="--frames:{frames};{size}">{shown}{marks}</div>'
+    size = f"--frames:{frames};aspect-ratio:{width}/{H};--wide:{width * max(1.0, side / H):.0f}px"
+    return f'<div class="film" style="{size}">{shown}{marks}</div>'
 
 
 def sheet(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
@@ -120,6 +117,11 @@ def badge(good: bool, words: str) -> str:
     return f'<span class="badge {"good" if good else "bad"}">{escape(words)}</span>'
 
 
+def bar(share: float, words: str) -> str:
+    """A share in [0, 1] of some work that is done, as a bar, and a sentence on it, which is HTML already."""
+    return f'<progress max="1" value="{share:.4f}" aria-label="share done"></progress> {share:.0%} {words}'
+
+
 def problem(sentence: object) -> str:
     return str(Markup(f'<div class="problem">{escape(str(sentence))}</div>'))
 
@@ -133,36 +135,7 @@ def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") 
 def svg(width: float, height: float, parts: Sequence[str], words: str, role: str = "img") -> Markup:
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     about = f'role="{role}" aria-label="{escape(words)}" font-size="12"'
-    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>')
-
-
-def raster(drawn: str, scale: int = 2) -> bytes:
-    """A PNG, ``scale`` screen pixels a pixel, of an SVG made of ``element``s: rectangles, lines, texts and images."""
-    root = ElementTree.fromstring(drawn)
-    size = [round(scale * float(root.get(side))) for side in ("width", "height")]
-    sheet, file = Image.new("RGB", size, "white"), io.BytesIO()
-    pen = ImageDraw.Draw(sheet)
-    for part in root:
-        of = {key: scale * float(part.get(key, 0)) for key in ("x", "y", "width", "height", "x1", "y1", "x2", "y2")}
-        box = (of["x"], of["y"], of["x"] + of["width"], of["y"] + of["height"])
-        match part.tag.rpartition("}")[2]:
-            case "rect":
-                edge = None if part.get("stroke") == "none" else part.get("stroke")
-                pen.rectangle(box, part.get("fill"), edge, scale * round(float(part.get("stroke-width"))))
-            case "line":
-                ink = part.get("stroke").replace("currentColor", "#222222")
-                pen.line([of[key] for key in ("x1", "y1", "x2", "y2")], ink, scale)
-            case "text":
-                font = findfont(FontProperties(family="DejaVu Sans", weight=part.get("font-weight")))
-                font = ImageFont.truetype(font, scale * float(part.get("font-size")))
-                anchor = {"start": "ls", "middle": "ms", "end": "rs"}[part.get("text-anchor")]
-                pen.text((of["x"], of["y"]), part.text or "", "#222222", font, anchor)
-            case "image":
-                inside = Image.open(io.BytesIO(base64.b64decode(part.get("href").partition(",")[2])))
-                place = [round(side) for side in box]
-                sheet.paste(inside.resize((max(1, place[2] - place[0]), max(1, place[3] - place[1])), 0), place[:2])
-    sheet.quantize(256).save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>', words)
 
 
 def element(name: str, inside: str = "", **attributes: str | float) -> str:
@@ -182,7 +155,7 @@ def svg_image(x: float, y: float, width: float, height: float, pixels: np.ndarra
     return element("image", x=x, y=y, width=width, height=height, **how)
 
 
-def svg_box(x: float, y: float, width: float, height: float, colour: str, words: str = "", edge: str = "none") -> str:
+def svg_box(x: float, y: float, width: float, height: float, colour: str, words: str, edge="none", thick=1.0) -> str:
     """A rectangle with a tooltip; ``edge`` is the colour of its outline."""
-    look = {"rx": 2, "fill": colour, "stroke": edge, "stroke_width": 0 if edge == "none" else 2.5}
+    look = {"rx": 2, "fill": colour, "stroke": edge, "stroke_width": thick}
     return element("rect", f"<title>{escape(words)}</title>", x=x, y=y, width=width, height=height, **look)

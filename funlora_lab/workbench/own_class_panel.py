@@ -14,7 +14,6 @@ from funlora_lab.adapters import Adapters
 from funlora_lab.continual import LEAST, OwnClass, images_in, learn
 from funlora_lab.errors import LabError
 from funlora_lab.store import safe_name, write_atomically
-from funlora_lab.studies import plots
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.controls import button, check, field, place, row, slider, upload
 from funlora_lab.workbench.layers import ALONE
@@ -26,7 +25,7 @@ DRAWN = "Draw it: press and drag over pixels, or walk with the arrow keys and pr
 SUFFIX = ".safetensors"
 
 
-def outcome(own: OwnClass) -> markup.Markup:
+def outcome(own: OwnClass) -> str:
     """Samples of the new class, what its few test images say, and the other classes before and after."""
     frame = pd.DataFrame({"before": own.before, "after": {n: own.after.get(n) for n in own.before}}).T
     frame.insert(0, "mean", frame.mean(axis=1))
@@ -34,15 +33,13 @@ def outcome(own: OwnClass) -> markup.Markup:
     words = f"{own.right} of its {own.tested} test image{'s'[: own.tested > 1]} recognised: {share}."
     shown = markup.picture(own.samples[:12], f"samples of {own.name}")
     title = f"Samples of <b>{escape(own.name)}</b>, which started from class {escape(own.start)}; {words}"
-    return markup.Markup(
-        f"<p>{title}</p>{shown}<p>The other classes, accuracy on real images</p>{markup.table(frame, 3)}"
-    )
+    return f"<p>{title}</p>{shown}<p>The other classes, accuracy on real images</p>{markup.table(frame, 3)}"
 
 
 class OwnClassPanel(Working):
     title = "which learns a class of your own"
     name, folder, move, images = held(Unicode, "mine"), held(Unicode), held(Bool, True), held(Int)
-    pixels, drawn, seen, outcome, files = held(List), held(Unicode), held(Unicode), held(Unicode), held(Unicode)
+    pixels, drawn, outcome, files = held(List), held(Unicode), held(Unicode), held(Unicode)
 
     def __init__(self, bench):
         self.learned, self.drawings = None, []
@@ -79,16 +76,11 @@ class OwnClassPanel(Working):
         acts = [button(act, words) for act, words in acts]
         return f"<p>{DRAWN}</p>" + row(grid, f"<div>{row(*acts)}{place('drawn')}</div>")
 
-    @property
-    def canvas(self) -> Tensor:
-        """uint8 (1, size, size): 255 where lit."""
-        size = self.run.experiment.image_size
-        return 255 * torch.tensor(self.pixels, dtype=torch.uint8).reshape(1, size, size)
-
     def press_add(self) -> None:
         if not any(self.pixels):
             raise LabError("The canvas is empty: light some pixels first.")
-        self.drawings = [*self.drawings, self.canvas]
+        size = self.run.experiment.image_size
+        self.drawings = [*self.drawings, 255 * torch.tensor(self.pixels, dtype=torch.uint8).reshape(1, size, size)]
         self.press_clear()
         self._show_drawings()
 
@@ -120,65 +112,52 @@ class OwnClassPanel(Working):
         self.begin(lambda: self._train(name, images))
 
     def _train(self, name: str, images: Tensor) -> None:
-        looks: list[tuple[int, float, Tensor]] = []
-
-        def watch(step: int, loss: float, drawn: Tensor) -> None:
-            looks.append((step, loss, drawn))
-            rows = [[f"step {at}", markup.picture(x, f"samples at step {at}"), f"loss {v:.3f}"] for at, v, x in looks]
-            self.seen = f"<b>Samples from the same noise</b>{markup.sheet(rows)}"
-
-        self.seen = self.outcome = ""
-        what = {"move": self.move, "runtime": self.runtime, "watch": watch, "adapter_images": self.images}
+        self.outcome = ""
         with ALONE:  # a network of its own: the panels draw with the run's meanwhile
             run, generator = copy(self.run), copy(self.run.generator)
             generator.net = deepcopy(generator.net)
             generator.adapters = Adapters(generator.net, run.experiment)
         run.generator = generator
-        self.learned = learn(run, name, images, **what)
-        if len(looks) > 1:
-            steps, losses = ([look[i] for look in looks] for i in (0, 1))
-            images_seen = [step * self.run.experiment.adapter.batch for step in steps]
-            curve = plots.training_curves({name: (images_seen, losses)}, name)
-            self.seen = f"{self.seen}{markup.figure(curve, f'loss while {name} was trained')}"
-        self.outcome = outcome(self.learned).html
-        self._bring(self.learned.export().read_bytes())
+        self.learned = learn(run, name, images, self.move, self.runtime, adapter_images=self.images)
+        self.outcome = outcome(self.learned)
+        self._import(self.learned.export())
 
-    def _bring(self, content: bytes, name: str = "class") -> None:
-        """Put a class file into the run; every panel then knows the class."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{safe_name(name.removesuffix(SUFFIX))}{SUFFIX}"
-            write_atomically(path, content)
-            with ALONE:
-                self.run.import_class(path)
+    def _import(self, file: Path) -> None:
+        """Put the class of a file into the run; every panel then knows it."""
+        with ALONE:
+            self.run.import_class(file)
         self.bench.renew()
 
     def press_upload(self, name: str, content: bytes) -> None:
-        self._bring(content, name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{safe_name(name.removesuffix(SUFFIX))}{SUFFIX}"
+            write_atomically(path, content)
+            self._import(path)
 
     def press_remove(self, cls: str) -> None:
         with ALONE:
             self.run.remove_class(int(cls))
         self.bench.renew()
 
+    def press_restore(self, cls: str) -> None:
+        """Undo the removal of a class."""
+        self._import(self.run.removed_file(int(cls)))
+
     def press_save(self, cls: str) -> None:
         """Hand the class's file to the browser, which saves it where the user's downloads go."""
         name = f"{cls}-{safe_name(self.run.known[int(cls)])}{SUFFIX}"
-        with tempfile.TemporaryDirectory() as folder:
-            with ALONE:
-                path = self.run.export_class(int(cls), Path(folder) / name)
-            self.send({"save": name}, [path.read_bytes()])
+        with tempfile.TemporaryDirectory() as folder, ALONE:
+            content = self.run.export_class(int(cls), Path(folder) / name).read_bytes()
+        self.send({"save": name}, [content])
 
     def _list(self) -> None:
-        """Every class that stands alone, with its file."""
-        known = self.run.known
-        rows = [
-            [
-                f"<b>{escape(known[cls])}</b>",
-                "learned by the run" if cls in self.run.context.classes else "your own",
-                button("save", "Download", value=str(cls), words=f"Download class {known[cls]}"),
-                button("remove", "Remove", value=str(cls), words=f"Remove class {known[cls]}"),
-            ]
-            for cls in sorted(self.run.generator.rows, reverse=True)
-        ]
+        """Every class that stands alone, with its file, and those that were taken out."""
+        removed, rows = self.run.removed, []
+        names = self.run.known | removed
+        for cls in sorted({*self.run.generator.rows, *removed}, reverse=True):
+            about = "learned by the run" if cls < len(self.run.classes) else "your own"
+            acts = {"restore": "Bring back"} if cls in removed else {"save": "Download", "remove": "Remove"}
+            pressed = [button(act, words, "", cls, f"{words} class {names[cls]}") for act, words in acts.items()]
+            rows.append([f"<b>{escape(names[cls])}</b>", f"{about}{', taken out' * (cls in removed)}", *pressed])
         listed = f'<div class="scrolls" style="max-height:180px">{markup.sheet(rows)}</div>'
         self.files = f"<b>Classes of this run as files</b>{listed}{row(upload('upload', 'Import a class', SUFFIX))}"

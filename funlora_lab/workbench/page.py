@@ -7,9 +7,9 @@ bench.lens, bench.layers, bench.samples, bench.confusion, bench.own_class, bench
 from functools import cached_property
 from html import escape
 
-import traitlets
 from IPython import get_ipython
 from IPython.display import display
+from torch import Tensor
 from traitlets import Unicode
 
 from funlora_lab.adapters import METHODS
@@ -19,11 +19,12 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import configured
 from funlora_lab.store import Run
-from funlora_lab.training import Runtime
+from funlora_lab.training import Event, Runtime
 from funlora_lab.workbench import report, runs
 from funlora_lab.workbench.controls import button, place, row
+from funlora_lab.workbench.images import watched
 from funlora_lab.workbench.lens_panel import LayerPanel, LensPanel
-from funlora_lab.workbench.markup import data_address, problem
+from funlora_lab.workbench.markup import Markup, bar, data_address, problem
 from funlora_lab.workbench.own_class_panel import OwnClassPanel
 from funlora_lab.workbench.panel import Working, held
 from funlora_lab.workbench.runs_panel import RunsPanel
@@ -49,39 +50,26 @@ class ReportPanel(Working):
 
 
 class Workbench:
-    """Panels, made when first asked for; ``run`` and ``chosen`` (runs to compare, by name) are the state of all."""
+    """Panels over ``run``, made when first asked for."""
 
     PANELS = ("lens", "layers", "samples", "confusion", "own_class", "runs", "report")
 
     def __init__(self, run: OpenRun):
-        self.run, self._chosen, self._opened = run, [run.run.folder.name], {}
+        self.run, self._opened = run, {}
         self._texts = {name: method.text for name, method in METHODS.items()}
 
     lens = cached_property(lambda self: LensPanel(self))
+    layers = cached_property(lambda self: LayerPanel(self))
     samples = cached_property(lambda self: SamplesPanel(self))
     confusion = cached_property(lambda self: ConfusionPanel(self))
     runs = cached_property(lambda self: RunsPanel(self))
     own_class = cached_property(lambda self: OwnClassPanel(self))
     report = cached_property(lambda self: ReportPanel(self))
 
-    @cached_property
-    def layers(self) -> LayerPanel:
-        panel = LayerPanel(self)
-        traitlets.link((self.lens, "layer"), (panel, "layer"))
-        return panel
-
     def __repr__(self) -> str:
         return f"Workbench over {self.run.run.folder.name}: {runs.scores(self.run.results)}"
 
-    @property
-    def chosen(self) -> list[str]:
-        return self._chosen
-
-    @chosen.setter
-    def chosen(self, names: list[str]) -> None:
-        self._chosen = names
-        if "samples" in vars(self) and self.samples.view == RUNS:
-            self.samples.redraw()
+    chosen = property(lambda self: self.runs.chosen)  # the runs to compare, by name
 
     def opened(self) -> list[OpenRun]:
         """The finished runs among those that are chosen."""
@@ -89,9 +77,13 @@ class Workbench:
         for name in self.chosen:
             if name != here and name not in self._opened and Run.at(home / name).results():
                 self._opened[name] = open_folder(home / name, str(self.run.runtime.device))
-        return [
-            self.run if name == here else self._opened[name] for name in self.chosen if name in {here, *self._opened}
-        ]
+        known = self._opened | {here: self.run}
+        return [known[name] for name in self.chosen if name in known]
+
+    def redraw(self) -> None:
+        """Draw the samples anew that depend on the runs that are chosen."""
+        if "samples" in vars(self) and self.samples.view == RUNS:
+            self.samples.redraw()
 
     def renew(self) -> None:
         """Have every panel take over the run and its classes as they are now."""
@@ -102,47 +94,59 @@ class Workbench:
     def open(self, name: str) -> None:
         """Show another finished run in all panels."""
         self.run = open_folder(self.run.run.folder.parent / name, str(self.run.runtime.device))
-        self._chosen = [*dict.fromkeys([*self._chosen, name])]
         self.renew()
 
     def train(self, experiment: Experiment, runtime: Runtime) -> None:
         """Train a run beside the others, or read it back, and choose it with them."""
         home = self.run.run.folder.parent
         run_experiment(experiment, runtime=runtime, home=home)
-        self.chosen = [*dict.fromkeys([*self.chosen, Run.of(experiment, home).folder.name])]
-        if "runs" in vars(self):
-            self.runs.chosen = self.chosen
-            self.runs.renew()
+        self.runs.choose(Run.of(experiment, home).folder.name)
 
     def look(self, *_) -> None:
         """Take note of functions that a cell has registered: the newest one is looked at in the lens."""
-        texts = {name: method.text for name, method in METHODS.items()}
-        new = [name for name in texts if texts[name] != self._texts.get(name) and METHODS[name].matrix]
-        self._texts = texts
-        if new and "lens" in vars(self):
+        known, self._texts = self._texts, {name: method.text for name, method in METHODS.items()}
+        new = [name for name, text in self._texts.items() if text != known.get(name) and METHODS[name].matrix]
+        if new and self.lens.lens:
             self.lens.renew()
+            self.runs.renew()
             with self.lens.telling():
                 self.lens.function = new[-1]
-            if "runs" in vars(self):
-                self.runs.renew()
+
+
+class Shown:
+    """A run in training, in a notebook's cell: a bar, and what it draws meanwhile; nothing of one that is stored."""
+
+    def __init__(self):
+        self.progress, self.looks, self.cell, self.bar, self.seen = runs.Progress(), [], None, "", ""
+
+    def report(self, event: Event) -> None:
+        share, sentence = self.progress.see(event)
+        if not event.get("replayed"):
+            self.bar = bar(share, escape(sentence)) if event["event"] != "result" else ""
+            self._show()
+
+    def watch(self, event: Event, images: Tensor) -> None:
+        self.seen = watched(self.looks, event, images)
+        self._show()
+
+    def _show(self) -> None:
+        html = {"text/html": str(Markup(self.bar + self.seen))}
+        if self.cell:
+            self.cell.update(html, raw=True)
+        else:
+            self.cell = display(html, raw=True, display_id=True)
+
+
+def trained(experiment: Experiment, device: str = "auto") -> OpenRun:
+    """The run of an experiment; what is missing of it is trained before the reader's eyes."""
+    shown = Shown()
+    return open_run(experiment, device, shown.report, watch=shown.watch)
 
 
 def open_workbench(preset_name="digits", method="funlora", seed=0, settings="", device="auto") -> Workbench:
     """The workbench over a run, trained first if it is not stored; ``settings`` are further ``key=value`` words."""
-    experiment, seen, shown = configured(preset_name, settings, method=method, seed=seed), runs.Progress(), None
-
-    def show(event) -> None:
-        nonlocal shown
-        share, sentence = seen.see(event)
-        html = (
-            f'<progress max="1" value="{share:.3f}" aria-label="share done"></progress> {share:.0%} {escape(sentence)}'
-        )
-        if not event.get("replayed"):
-            shown = shown or display({"text/html": html}, raw=True, display_id=True)
-            shown.update({"text/html": html}, raw=True)
-
     try:
-        bench = Workbench(open_run(experiment, device, show))
+        bench = Workbench(trained(configured(preset_name, settings, method=method, seed=seed), device))
     except LabError as reason:
         display({"text/html": problem(reason)}, raw=True)
         raise

@@ -1,15 +1,25 @@
-// A panel shows HTML that Python wrote, in places that change one by one; a control with a name holds the trait of that
-// name ("frequency.3": the fourth of a list). data-press calls press_NAME in Python, data-set="NAME=JSON" sets a trait,
-// data-pick is one of a list of choices, data-cell a pixel to draw; data-time and data-play move films without the kernel.
+// A panel shows HTML that Python wrote, in places (data-place) that change one by one. A control bears the name of the
+// trait that it holds ("frequency.3": the fourth of a list; a check box with a value: one of a list of numbers).
+// data-press calls press_NAME in Python, data-cell is a pixel to draw, data-time and data-play move films in the page.
 const MILLISECONDS = 130; // of a frame
 
-const value = (node) => {
+const settled = ({ type }) => (type === "text" || type === "number" ? "change" : "input"); // the event that ends a change
+const mark = (node) => ["name", "value", "data-press", "data-value"].map((key) => node.getAttribute(key)).join();
+const say = (slider) => { slider.nextElementSibling.value = (+slider.value).toFixed(slider.step < 1 ? 2 : 0); };
+const picks = (node) => node.type === "checkbox" && node.hasAttribute("value");
+
+function value(node, held) {
+  if (picks(node)) return [...held.filter((one) => one !== +node.value), ...(node.checked ? [+node.value] : [])];
   if (node.type === "checkbox") return node.checked;
-  if (node.type === "range" || node.type === "number") return Number(node.value);
+  if (node.type === "range" || node.type === "number") return +node.value;
   return node.tagName === "SELECT" ? JSON.parse(node.value) : node.value;
-};
-const typed = (node) => node.type === "text" || node.type === "number" || node.type === "search";
-const mark = ({ name, dataset }) => name || dataset?.set || dataset?.pick || (dataset?.press && dataset.press + dataset.value);
+}
+
+function hold(node, held) {
+  if (node.type === "checkbox") node.checked = picks(node) ? held.includes(+node.value) : held;
+  else node.value = node.tagName === "SELECT" ? JSON.stringify(held) : held;
+  if (node.type === "range") say(node);
+}
 
 function render({ model, el }) {
   const root = document.createElement("div");
@@ -21,150 +31,132 @@ function render({ model, el }) {
   const bound = new Set(); // traits that are listened to
   let playing = 0, paint = true;
 
+  const all = (selector, part = root) => [...part.querySelectorAll(selector)];
   const change = (name, next) => { model.set(name, next); model.save_changes(); };
-  const words = (node) => { if (node.nextElementSibling?.tagName === "OUTPUT") node.nextElementSibling.value = (+node.value).toFixed(node.step < 1 ? 2 : 0); };
 
   function fill(part, only) { // only the controls of one trait, lest what is being typed elsewhere is lost
-    for (const node of part.querySelectorAll("[name]:not([type=file])")) {
+    for (const node of all("[name]:not([type=file])", part)) {
       const [name, index] = node.name.split(".");
       bind(name);
-      if (only && name !== only) continue;
-      const held = index === undefined ? model.get(name) : model.get(name)[index];
-      if (held === undefined) continue;
-      if (node.type === "checkbox") node.checked = held;
-      else if (node.tagName === "SELECT") node.value = [...node.options].map((o) => o.value).find((v) => v === JSON.stringify(held)) ?? "";
-      else node.value = held;
-      if (node.type === "range") words(node);
+      const held = index ? model.get(name)[index] : model.get(name);
+      if ((!only || name === only) && held !== undefined) hold(node, held);
     }
-    for (const node of part.querySelectorAll("[data-pick]")) {
-      const [name, item] = node.dataset.pick.split("=");
-      bind(name);
-      if (only && name !== only) continue;
-      node.checked = model.get(name).map((x) => JSON.stringify(x)).includes(item);
+    for (const node of all("[data-cell]", part)) {
+      bind("pixels");
+      node.ariaPressed = String(model.get("pixels")[node.dataset.cell]);
     }
-    if (part.querySelector("[data-cell]")) bind("pixels");
-    for (const node of part.querySelectorAll("[data-cell]")) node.ariaPressed = String(!!model.get("pixels")[node.dataset.cell]);
-    for (const node of only ? [] : part.querySelectorAll("[data-time]")) frame(node.value);
+    if (!only) all("[data-time]", part).forEach((node) => frame(node.value));
   }
 
   function place(node) {
-    const held = node.contains(document.activeElement) ? mark(document.activeElement) : null;
-    const open = [...node.querySelectorAll("details")].map((one) => one.open);
-    const scrolled = [...node.querySelectorAll(".scrolls")].map((one) => one.scrollTop);
+    const focused = node.contains(document.activeElement) ? mark(document.activeElement) : null;
+    const scrolled = all(".scrolls", node).map((one) => one.scrollTop);
     bind(node.dataset.place);
     node.innerHTML = model.get(node.dataset.place);
-    node.querySelectorAll("details").forEach((one, i) => { one.open = open[i] ?? one.open; });
-    node.querySelectorAll(".scrolls").forEach((one, i) => { one.scrollTop = scrolled[i] ?? 0; });
+    all(".scrolls", node).forEach((one, i) => { one.scrollTop = scrolled[i] ?? 0; });
     fill(node);
-    if (held === null) return;
-    const again = [...node.querySelectorAll("[name],[data-set],[data-pick],[data-press]")].find((one) => mark(one) === held);
-    (again ?? root).focus({ preventScroll: true });
+    if (focused === null) return;
+    (all("[name],[data-press]", node).find((one) => mark(one) === focused) ?? root).focus({ preventScroll: true });
   }
 
   function body() {
     root.innerHTML = model.get("body");
     fill(root);
-    root.querySelectorAll("[data-place]").forEach(place);
+    all("[data-place]").forEach(place);
+  }
+
+  function bind(name) {
+    if (bound.has(name)) return;
+    bound.add(name);
+    model.on(`change:${name}`, () => {
+      if (name === "body") return body();
+      all(`[data-place="${name}"]`).forEach(place);
+      fill(root, name);
+    });
   }
 
   function frame(time) {
     root.style.setProperty("--time", time);
-    root.querySelectorAll("[data-time]").forEach((node) => { node.value = time; words(node); });
+    all("[data-time]").forEach((node) => { node.value = time; say(node); });
   }
 
   function play(button) {
     const stop = () => { clearInterval(playing); playing = 0; button.textContent = "Play"; };
     if (playing) return stop();
-    const slider = root.querySelector("[data-time]"), last = Number(slider.max);
-    if (Number(slider.value) >= last) frame(0);
+    const slider = root.querySelector("[data-time]"), last = +slider.max;
+    if (+slider.value >= last) frame(0);
     button.textContent = "Pause";
     playing = setInterval(() => {
-      const next = Number(slider.value) + Number(slider.step);
+      const next = +slider.value + +slider.step;
       frame(Math.min(next, last));
       if (next >= last) stop();
     }, MILLISECONDS);
   }
 
   async function press(node) {
-    const { press: name, value: given = "" } = node.dataset;
     const file = node.type === "file" && node.files[0];
-    model.send({ press: name, value: file ? file.name : given }, undefined, file ? [await file.arrayBuffer()] : []);
+    const sent = { press: node.dataset.press, value: file ? file.name : node.dataset.value ?? "" };
+    model.send(sent, undefined, file ? [await file.arrayBuffer()] : []);
     if (file) node.value = "";
   }
 
-  function cell(node, lit) {
-    node.ariaPressed = String(lit);
-    change("pixels", [...root.querySelectorAll("[data-cell]")].map((one) => one.ariaPressed === "true"));
+  function light(cell, lit) {
+    cell.ariaPressed = String(lit);
+    change("pixels", all("[data-cell]").map((one) => one.ariaPressed === "true"));
   }
 
   function changed({ target: node, type }) {
     if (node.dataset.time !== undefined) return frame(node.value);
-    if (node.dataset.pick) {
-      const [name, item] = node.dataset.pick.split("="), rest = model.get(name).filter((x) => JSON.stringify(x) !== item);
-      return type === "input" && change(name, node.checked ? [...rest, JSON.parse(item)] : rest);
-    }
-    if (node.type === "file") return type === "change" && press(node);
-    if (!node.name || (type === "input") === (typed(node) && !node.matches("[type=search]"))) return;
-    if (type === "change" && !typed(node)) return;
-    const [name, index] = node.name.split(".");
-    if (node.type === "range") words(node);
-    if (index === undefined) return change(name, value(node));
-    change(name, model.get(name).map((old, i) => (i === Number(index) ? value(node) : old)));
+    if (type !== settled(node)) return;
+    if (node.type === "file") return press(node);
+    const [name, index] = node.name.split("."), held = model.get(name);
+    if (node.type === "range") say(node);
+    change(name, index ? held.map((old, i) => (i === +index ? value(node) : old)) : value(node, held));
   }
 
   function clicked(event) {
-    const node = event.target.closest("[data-press],[data-set],[data-play],[data-cell]");
-    if (!node || !root.contains(node) || node.disabled || node.type === "file") return;
+    const node = event.target.closest("[data-press],[data-play],[data-cell]");
+    if (!node || node.type === "file") return;
     if (node.dataset.play !== undefined) play(node);
     else if (node.dataset.press) press(node);
-    else if (node.dataset.set) {
-      const [name, ...rest] = node.dataset.set.split("=");
-      change(name, JSON.parse(rest.join("=")));
-    } else if (event.detail === 0) cell(node, node.ariaPressed !== "true"); // by the keyboard; else painted below
+    else if (event.detail === 0) light(node, node.ariaPressed !== "true"); // by the keyboard; else painted below
   }
 
-  root.addEventListener("input", changed);
-  root.addEventListener("change", changed);
-  root.addEventListener("click", clicked);
-  root.addEventListener("keydown", (event) => {
-    const node = event.target, step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: root.dataset.width ?? 8, ArrowUp: -(root.dataset.width ?? 8) };
-    if (["Enter", " "].includes(event.key) && node.getAttribute("role") && node.tagName !== "BUTTON" && node.closest("svg")) {
+  function key(event) {
+    const node = event.target, { cell } = node.dataset;
+    if (["Enter", " "].includes(event.key) && node.closest("svg")) { // a button drawn in SVG
       event.preventDefault();
       clicked(event);
     }
-    if (event.key === "Enter" && typed(node)) changed({ target: node, type: node.type === "search" ? "input" : "change" });
-    if (node.dataset?.cell !== undefined && event.key in step) {
-      event.preventDefault();
-      root.querySelector(`[data-cell="${Number(node.dataset.cell) + Number(step[event.key])}"]`)?.focus();
-    }
-  });
-  root.addEventListener("pointerdown", (event) => {
-    if (event.target.dataset.cell === undefined) return;
-    event.target.releasePointerCapture?.(event.pointerId);
-    cell(event.target, (paint = event.target.ariaPressed !== "true"));
-  });
-  root.addEventListener("pointerover", (event) => {
-    if (event.buttons & 1 && event.target.dataset.cell !== undefined) cell(event.target, paint);
-  });
-  function bind(name) {
-    if (bound.has(name)) return;
-    bound.add(name);
-    model.on(`change:${name}`, () => {
-      if (name === "body") return body();
-      root.querySelectorAll(`[data-place="${name}"]`).forEach(place);
-      fill(root, name);
-    });
+    if (event.key === "Enter" && settled(node) === "change") changed({ target: node, type: "change" });
+    const across = Math.sqrt(all("[data-cell]").length);
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across }[event.key];
+    if (cell === undefined || !step) return;
+    event.preventDefault();
+    root.querySelector(`[data-cell="${+cell + step}"]`)?.focus();
   }
-  bind("body");
-  const save = ({ save: name }, buffers) => { // a file that Python hands over
-    if (!name) return;
+
+  function painted({ type, target: cell, buttons, pointerId }) { // a stroke sets all its pixels as it sets the first
+    if (cell.dataset.cell === undefined || !(buttons & 1)) return;
+    if (type === "pointerdown") {
+      cell.releasePointerCapture(pointerId);
+      paint = cell.ariaPressed !== "true";
+    }
+    light(cell, paint);
+  }
+
+  function save({ save: name }, buffers) { // a file that Python hands over
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob(buffers));
     link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
-  };
+  }
+
+  const listeners = { input: changed, change: changed, click: clicked, keydown: key, pointerdown: painted, pointerover: painted };
+  Object.entries(listeners).forEach(([event, act]) => root.addEventListener(event, act));
   model.on("msg:custom", save);
+  bind("body");
   body();
   return () => {
     model.off("msg:custom", save);

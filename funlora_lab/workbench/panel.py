@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import anywidget
+from torch import Tensor
 from traitlets import TraitType, Unicode
 
 from funlora_lab.errors import LabError, Stopped
-from funlora_lab.training import Runtime
+from funlora_lab.training import Event, Runtime
 from funlora_lab.workbench import controls
-from funlora_lab.workbench.markup import problem
+from funlora_lab.workbench.images import watched
+from funlora_lab.workbench.markup import bar, problem
 from funlora_lab.workbench.runs import Progress
 
 HERE = Path(__file__).parent
@@ -104,24 +106,27 @@ class Drawer:
 class Working(Panel):
     """A panel with long work in a thread, one at a time, which its Stop button ends where all is saved."""
 
-    bar, halt = held(Unicode), held(Unicode)
+    bar, halt, seen = held(Unicode), held(Unicode), held(Unicode)
     work_places = controls.row(controls.place("bar"), controls.place("halt"))
 
     def __init__(self, bench):
         self.thread, self._asked, self._shown = threading.Thread(), threading.Event(), 0.0
+        self.looks: list[tuple[Event, Tensor]] = []
         super().__init__(bench)
 
     @property
     def runtime(self) -> Runtime:
-        """One that listens to Stop and reports to the bar."""
+        """One that listens to Stop, reports to the bar and shows what is drawn in training."""
         asked = {"stop": lambda: STOPPED if self._asked.is_set() else None, "save_seconds": 5.0}
+        asked |= {"watch": lambda event, images: self.set_trait("seen", watched(self.looks, event, images))}
         return Runtime(self.run.runtime.device, report=lambda event: self.say(*self.progress.see(event)), **asked)
 
-    def begin(self, work: Callable[[], None], progress: Progress | None = None) -> None:
+    def begin(self, work: Callable[[], None]) -> None:
         if self.thread.is_alive():
             raise LabError("This panel is still at work: wait, or press Stop.")
         self._asked.clear()
-        self.progress = progress or Progress()
+        self.seen = ""
+        self.progress = Progress()
         self.say(0.0, "Working.", at_once=True)
         self.halt = controls.button("stop", "Stop", "halt")
         self.thread = threading.Thread(target=self._work, args=(work,), daemon=True)
@@ -148,5 +153,4 @@ class Working(Panel):
         """Show the share that is done, in [0, 1], and a sentence: at most ten times a second."""
         if at_once or time.monotonic() - self._shown > 0.1:
             self._shown = time.monotonic()
-            bar = f'<progress aria-label="share done" max="1" value="{share:.4f}"></progress>'
-            self.bar = f"{bar} {share:.0%} {sentence}"
+            self.bar = bar(share, sentence)

@@ -6,6 +6,10 @@ import time
 from tqdm import tqdm
 
 
+def measured(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
 class Progress:
     """Shows the events of a run on a terminal: one bar for the stage at work, one line a task."""
 

@@ -1,33 +1,31 @@
 """A run as one HTML page (no script, no link, no network): results, figures, certificate, settings, provenance."""
 
 import shlex
-from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-import pandas as pd
-
 from funlora_lab import __version__
-from funlora_lab.continual import OpenRun, average_accuracies
+from funlora_lab.continual import OpenRun
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import shown
 from funlora_lab.presets import PRESETS
 from funlora_lab.store import write_atomically
-from funlora_lab.studies import keep, plots
+from funlora_lab.studies import keep
 from funlora_lab.studies.verification import verify
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.layers import AdaptedLayers
-from funlora_lab.workbench.runs import arguments, measured
+from funlora_lab.workbench.progress import measured
+from funlora_lab.workbench.runs import arguments
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root{{color-scheme:light dark;--jp-content-font-color1:#222;--jp-content-font-color2:#555;--jp-border-color2:#ccc}}
+:root{{color-scheme:light dark;--jp-content-font-color1:#222}}
 @media (prefers-color-scheme:dark){{
- :root{{--jp-content-font-color1:#eee;--jp-content-font-color2:#bbb;--jp-border-color2:#555}}body{{background:#151515}}}}
+ :root{{--jp-content-font-color1:#eee;--jp-border-color1:#555}}body{{background:#151515}}}}
 body{{max-width:1000px;margin:24px auto;padding:0 16px}} h1{{font-size:22px}} h2{{font-size:17px;margin-top:28px}}
 .funlora{{font-size:14px;overflow-wrap:anywhere}}</style></head><body>{body}</body></html>
 """
@@ -59,15 +57,15 @@ def page(run: OpenRun) -> str:
     summary = {words: measured(r[name]) for name, words in SUMMARY.items() if name in r}
     summary["numbers learned for one class (PPC)"] = f"{r['PPC']:,}"
     summary["seconds of training, sampling and classifiers"] = f"{r['seconds']:.1f}"
-    sections = {"Results": markup.table(summary), "Accuracy after every task": markup.table(accuracy_table(run))}
-    sections["Classes"] = markup.table(class_table(run))
+    sections = {"Results": markup.table(summary), "Accuracy after every task": markup.table(keep.accuracy_table(run))}
+    sections["Classes"] = markup.table(keep.class_table(run))
     try:
         len(run.context.dataset.test)
     except LabError as reason:  # without the real images all else can be shown
         sections["Images"] = f"<p>{escape(str(reason))}</p>"
     drawn = {TITLES.get(name, name.capitalize()): one for name, one in keep.pictures(run).items()}
     if run.generator.draws:
-        drawn["Samples after every task"] = samples_after_every_task(run)
+        drawn["Samples after every task"] = keep.samples_after_every_task(run)
     sections |= {words: markup.figure(one, words) for words, one in drawn.items()}
     if run.generator.rows:
         try:
@@ -86,38 +84,6 @@ def page(run: OpenRun) -> str:
     head = f'<h1>FunLoRA run: {escape(title)}</h1><p class="soft">{escape(run.run.folder.name)}</p>'
     foot = f'<p class="soft">Written by funlora-lab {__version__} on {now}.</p>'
     return PAGE.format(title=escape(title), body=str(markup.Markup("".join([head, *parts, foot]))))
-
-
-def samples_after_every_task(run: OpenRun, count: int = 4) -> plots.Drawing:
-    """The same noise of every class after every task, of at most a dozen classes: what was learned first stays.
-
-    Above them real images, where the data set is still there.
-    """
-    after = {f"after task {k}": run.samples_after(k, count) for k in range(1, len(run.tasks) + 1)}
-    order = run.context.classes[:12]
-    columns = list(after.items())
-    with suppress(LabError):
-        columns.insert(0, ("real", {cls: run.context.dataset.train.of(cls).pixels[:count] for cls in order}))
-    return plots.sample_columns(columns, order, run.classes)
-
-
-def accuracy_table(run: OpenRun) -> pd.DataFrame:
-    """a_{k,j} of Eq. 22: one line a task k, one column a task j, and their mean A_k; nan where nothing was scored."""
-    matrix, names = run.results["accuracy"], [" ".join(run.classes[cls] for cls in classes) for classes in run.tasks]
-    short = [name if len(name) < 25 else f"{len(task)} classes" for name, task in zip(names, run.tasks, strict=True)]
-    heads = [f"{k}: {name}" for k, name in enumerate(short, 1)]
-    lines = [dict(zip(heads, line or (), strict=False)) for line in matrix]
-    frame = pd.DataFrame(lines, [f"after task {k}" for k in range(1, len(lines) + 1)], heads, float)
-    return frame.assign(mean=pd.Series(average_accuracies(matrix), frame.index, float))
-
-
-def class_table(run: OpenRun) -> pd.DataFrame:
-    """One line a class: task, closing accuracy, recognition and held-out flow loss."""
-    tasks = {run.classes[cls]: k for k, classes in enumerate(run.tasks, 1) for cls in classes}
-    frame = pd.DataFrame({"task": tasks, "accuracy": run.class_accuracies}, tasks)
-    names = {"recognition of samples": "recognition_per_class", "flow loss": "flow_loss_per_class"}
-    found = {words: {run.classes[int(c)]: v for c, v in run.results[name].items()} for words, name in names.items()}
-    return frame.assign(**{words: pd.Series(values, dtype=float) for words, values in found.items()})
 
 
 def certificate(run: OpenRun) -> str:

@@ -18,8 +18,9 @@ import pandas as pd
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment, shown
 from funlora_lab.presets import preset
-from funlora_lab.store import Run, canonical, in_use, listing
+from funlora_lab.store import Run, in_use, listing
 from funlora_lab.training import Event
+from funlora_lab.workbench.progress import measured
 
 NUMBERS = ["seed", "LA", "AIA", "PPC", "recognition", "flow_loss", "seconds"]
 COLUMNS = ["run", "preset", "method", "seed", "state", *NUMBERS[1:], "started"]
@@ -46,35 +47,10 @@ def differences(names: Sequence[str], where: Path | None = None) -> pd.DataFrame
     return frame[frame.nunique(axis=1, dropna=False) > 1].drop(index=["preset"], errors="ignore")
 
 
-def short_names(names: Sequence[str], where: Path | None = None) -> dict[str, str]:
-    """Runs by what tells them apart, for a legend: methods by name, other settings as key=value."""
-    unlike = differences(names, where)
+def short_names(unlike: pd.DataFrame) -> dict[str, str]:
+    """The runs of ``differences`` by what tells them apart, for a legend: methods by name, other settings key=value."""
     words = {n: " ".join(v if k == "method" else f"{k}={v}" for k, v in unlike[n].items()) for n in unlike}
-    alike = len({*words.values()}) < len(names)
-    return {name: name if alike or not words.get(name) else words[name] for name in names}
-
-
-def over_seeds(where: Path | None = None) -> pd.DataFrame:
-    """Finished runs that differ in their seed alone: how many, and mean ± standard deviation of what they reached."""
-    groups: dict[str, list[dict]] = {}
-    for run in listing(where):
-        if run["results"]:
-            key = canonical({k: v for k, v in run["settings"].items() if k != "seed"})
-            groups.setdefault(key, []).append(run["settings"] | run["results"])
-    lines = []
-    for members in groups.values():
-        frame = pd.DataFrame(members)
-        line = {"preset": members[0]["preset"], "method": members[0]["method"], "seeds": len(members)}
-        for name in ("LA", "AIA", "recognition", "flow_loss"):
-            values = pd.to_numeric(frame[name], errors="coerce")
-            spread = f" ± {values.std():.4f}" if len(members) > 1 else ""
-            line[name] = "–" if values.isna().all() else f"{values.mean():.4f}{spread}"
-        lines.append(line)
-    return pd.DataFrame(lines, columns=["preset", "method", "seeds", "LA", "AIA", "recognition", "flow_loss"])
-
-
-def measured(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+    return words if len({*words.values()} - {""}) == len(words) else {name: name for name in words}
 
 
 def scores(results: dict) -> str:
@@ -150,7 +126,7 @@ class Started(subprocess.Popen):
         self.run, self.complaints = Run.of(experiment, where), tempfile.TemporaryFile()
         if in_use(self.run.folder):
             raise LabError(f"The run {self.run.folder.name} is already running.")
-        words = [sys.executable, "-m", "funlora_lab", *arguments(experiment), "--device", device]
+        words = [sys.executable, "-m", "funlora_lab", *arguments(experiment), "--device", device, "--watch"]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self.complaints}
         about = {"FUNLORA_HOME": str(where), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait leave the page its cores
         super().__init__(words, env=os.environ | about, start_new_session=True, **streams)
@@ -158,6 +134,12 @@ class Started(subprocess.Popen):
     @property
     def going(self) -> bool:
         return self.poll() is None
+
+    @property
+    def looks(self) -> list[Path]:
+        """What the training at work has drawn so far, from the same noise, by step."""
+        found = sorted((self.run.folder / "training").glob("*.png"), key=lambda path: path.stat().st_mtime)
+        return [path for path in found if path.stem.rpartition("-")[0] == found[-1].stem.rpartition("-")[0]]
 
     def reason(self) -> str:
         """Why it ended, as it wrote itself; empty when it finished or is going."""

@@ -13,7 +13,7 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import PRESETS, configured
 from funlora_lab.store import Run
-from funlora_lab.studies import plots
+from funlora_lab.studies import plots, sweeps
 from funlora_lab.systems import all_methods
 from funlora_lab.workbench import markup, runs
 from funlora_lab.workbench.controls import button, check, field, place, row, select
@@ -36,10 +36,9 @@ class RunsPanel(Panel):
         super().__init__(bench)
         self.on_change(self.refresh, "words", "state", "by", "descending", "seeds", "chosen")
         self.on_change(self.compare, "chosen", "curve")
+        self.on_change(bench.redraw, "chosen")
 
-    @property
-    def home(self):
-        return self.run.run.folder.parent
+    home = property(lambda self: self.run.run.folder.parent)
 
     def renew(self) -> None:
         e, name = self.run.experiment, self.run.run.folder.name
@@ -73,24 +72,16 @@ class RunsPanel(Panel):
     def refresh(self) -> None:
         """The table, a row a button that chooses the run, and one button a run to stop or to resume."""
         if self.seeds:
-            shown = markup.table(runs.over_seeds(self.home).set_index("preset"))
+            shown = markup.table(sweeps.over_seeds(self.home).set_index("preset"))
             self.table = f'<div class="scrolls" style="height:190px">{shown}</div>'
             return
-        frame = self.frame()
-        heads = [column for column in runs.COLUMNS if column not in ("run", "preset", "method", "seed", "seconds")]
-        lines = []
-        for run in frame.to_dict("records"):
-            name, on = run["run"], run["run"] in self.chosen
-            how = f'data-press="choose" data-value="{escape(name)}" aria-pressed="{str(on).lower()}"'
-            cells = "".join(f"<td>{_shown(run[column])}</td>" for column in heads)
-            first = f'<td><button type="button" {how}>{escape(name)}</button></td>'
-            lines.append(f'<tr class="{"chosen" if on else ""}">{first}{cells}</tr>')
-        head = "<th>run</th>" + "".join(f"<th>{column}</th>" for column in heads)
-        shown = self.run.run.folder.name
+        frame, shown = self.frame(), self.run.run.folder.name
+        named = [button("choose", name, "", name, pressed=name in self.chosen) for name in frame["run"]]
+        table = frame.drop(columns=["run", "preset", "method", "seed", "seconds"]).map(_shown)
+        table.insert(0, "run", named)
         count = f"{len(frame)} run{'s'[: len(frame) != 1]}, {len(self.chosen)} chosen; the panels show {shown}"
-        table = f"<table><thead><tr>{head}</tr></thead>{''.join(lines)}</table>"
         look = 'class="scrolls runs" style="height:190px" tabindex="0" role="region" aria-label="runs"'
-        self.table = f"<div {look}>{table}</div>{count}"
+        self.table = f"<div {look}>{table.to_html(border=0, index=False, escape=False)}</div>{count}"
         states = frame.set_index("run")["state"].to_dict()
         acts = []
         for name in self.chosen:
@@ -107,16 +98,20 @@ class RunsPanel(Panel):
         self.compare()
 
     def press_choose(self, name: str) -> None:
-        rest = [one for one in self.chosen if one != name]
-        self.chosen = rest if name in self.chosen else [*rest, name]
-        self.bench.chosen = list(self.chosen)
+        self.chosen = [one for one in self.chosen if one != name] if name in self.chosen else [*self.chosen, name]
+
+    def choose(self, name: str) -> None:
+        """Compare a run with the others that are chosen; methods and runs may be new."""
+        self.chosen = [*dict.fromkeys([*self.chosen, name])]
+        self.renew()
 
     def press_open(self, name: str) -> None:
         self.bench.open(name)
 
     def compare(self) -> None:
         """Settings in which the chosen runs differ, and their curves over one another, named by what differs."""
-        averages, losses, names = {}, {}, runs.short_names(self.chosen, self.home)
+        averages, losses, unlike = {}, {}, runs.differences(self.chosen, self.home)
+        names = runs.short_names(unlike)
         for name in self.chosen:
             with suppress(LabError):  # damaged or of another version: its log has no agreed meaning
                 run = OpenRun(Run.at(self.home / name), self.run.runtime)
@@ -127,10 +122,12 @@ class RunsPanel(Panel):
                     losses[names[name]] = (loss.index, loss)
         drawn = plots.accuracy_per_task({"": averages}) if averages else None
         drawn = plots.training_curves(losses, f"losses of the {self.curve}") if losses else drawn
-        unlike = runs.differences(self.chosen, self.home) if len(self.chosen) > 1 else pd.DataFrame()
-        unlike = unlike.rename(columns=names)
         parts = [markup.figure(drawn, f"{self.curve} of {', '.join(names.values())}")] if drawn else []
-        parts += [f"<div><b>Settings that differ</b>{markup.table(unlike)}</div>"] if len(unlike) else []
+        parts += (
+            [f"<div><b>Settings that differ</b>{markup.table(unlike.rename(columns=names))}</div>"]
+            if len(unlike)
+            else []
+        )
         self.compared = row(*parts)
 
     def press_start(self) -> None:
@@ -167,8 +164,9 @@ class RunsPanel(Panel):
             for name in self.started.keys() - ended:
                 share, sentence = runs.progress(self.started[name].run, self.known[name])
                 said = self.started[name].reason() or sentence
-                bar = f'<progress max="1" value="{share:.3f}" aria-label="share done of {escape(name)}"></progress>'
-                lines.append(f"{bar} {escape(name)}: {escape(said)}")
+                lines.append(markup.bar(share, f"{escape(name)}: {escape(said)}"))
+                looks = [[path.stem, markup.stored(path)] for path in self.started[name].looks]
+                lines += [markup.sheet(looks)] * bool(looks)
             self.progress = "<br>".join(lines) or self.progress
             ended = set(self.started) - going
             self.refresh()

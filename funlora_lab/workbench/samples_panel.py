@@ -2,12 +2,13 @@
 
 from html import escape
 
+import pandas as pd
 from traitlets import Int, List, Unicode
 
 from funlora_lab.errors import LabError
 from funlora_lab.flow import SOLVERS, Solver
 from funlora_lab.workbench import markup
-from funlora_lab.workbench.controls import field, film_controls, picks, place, row, select, slider
+from funlora_lab.workbench.controls import button, field, film_controls, picks, place, row, select, slider
 from funlora_lab.workbench.images import FRAMES, SameNoise, tested
 from funlora_lab.workbench.panel import Drawer, Panel, held
 
@@ -41,11 +42,10 @@ class SamplesPanel(Panel):
             if not self.solver:
                 self.solver, self.steps, self.seed = e.solver, e.steps, e.seed
             known = [cls for _, cls in classes]
-            self.picked = [cls for cls in self.picked if cls in known] or known[:1]
+            self.picked = [cls for cls in self.picked if cls in known] or known[:10]
             choice = picks("picked", "classes", classes)
-            self.body = row(select("view", "show", [(view, view) for view in VIEWS]), choice) + "".join(
-                place(name) for name in ("how", "note", "pictures")
-            )
+            chosen = row(select("view", "show", [(view, view) for view in VIEWS]), choice)
+            self.body = chosen + place("how") + place("note") + place("pictures")
             self._form()
         self.redraw()
 
@@ -78,14 +78,15 @@ class SamplesPanel(Panel):
             if view == MIXED:
                 if len(self.picked) < 2:
                     raise LabError("One class is chosen: choose two to mix.")
-                drawn.append(noise.mixed(*self.picked[:2], SHARES).html)
+                drawn.append(noise.mixed(*self.picked[:2], SHARES))
             runs = self.bench.opened() if view == RUNS else []
-            draws = {CLASSES: noise.sheet, TASKS: noise.compare_tasks, RUNS: lambda c: noise.compare_runs(runs, c)}
-            draws[PATH] = lambda classes: noise.film(*classes)
+            draws = {CLASSES: noise.sheet, PATH: noise.film}
+            draws[TASKS] = lambda cls: noise.compared(cls, noise.across_tasks(cls))
+            draws[RUNS] = lambda cls: noise.compared(cls, noise.across_runs(runs, cls))
             for cls in self.picked if view != MIXED else ():
                 if self.drawer.moved.is_set():
                     return
-                drawn.append(draws[view]([cls]).html)
+                drawn.append(draws[view](cls))
             self.pictures, self.note = "".join(drawn), ""
         except LabError as reason:
             self.pictures, self.note = markup.problem(reason), ""
@@ -117,12 +118,14 @@ class ConfusionPanel(Panel):
                 self.cell = list(self.wrong[0][1:])
         self._open()
 
-    def _button(self, count: int, true: int, answer: int, words: str) -> str:
-        names = self.run.classes
-        about = f"{count} images of class {names[true]} taken for {names[answer]}"
-        chosen = str(self.cell == [true, answer]).lower()
-        attributes = f'data-set="cell=[{true},{answer}]" aria-label="{escape(about)}" aria-pressed="{chosen}"'
-        return f'<button type="button" {attributes}>{escape(words)}</button>'
+    def press_open(self, pair: str) -> None:
+        """Open a cell, named by the true class and the answer."""
+        self.cell = [int(cls) for cls in pair.split()]
+
+    def _button(self, count: int, true: int, answer: int, label: str) -> str:
+        about = f"{count} images of class {self.run.classes[true]} taken for {self.run.classes[answer]}"
+        kind = "wrong" * (true != answer)
+        return button("open", label, kind, f"{true} {answer}", about, self.cell == [true, answer])
 
     def _draw(self) -> None:
         names, counts, order = self.run.classes, self.run.results["confusion"], self.run.context.classes
@@ -130,14 +133,10 @@ class ConfusionPanel(Panel):
             pairs = (self._button(n, i, j, f"{names[i]} → {names[j]}: {n}") for n, i, j in self.wrong[:40])
             self.table = f'<div class="scrolls" style="max-height:260px">{"<br>".join(pairs)}</div>'
             return
-        head = "".join(f"<th>{escape(names[j])}</th>" for j in order)
-        lines = [
-            f"<tr><th>{escape(names[i])}</th>"
-            + "".join(f"<td>{self._button(n, i, j, str(n)) if (n := counts[i][j]) else '·'}</td>" for j in order)
-            for i in order
-        ]
-        title = "<caption>true class (rows), answer (columns)</caption>"
-        self.table = f"<table>{title}<thead><tr><th></th>{head}</tr></thead>{''.join(lines)}</table>"
+        cells = [[self._button(n, i, j, str(n)) if (n := counts[i][j]) else "·" for j in order] for i in order]
+        titles = [escape(names[cls]) for cls in order]
+        table = pd.DataFrame(cells, titles, titles).to_html(border=0, escape=False)
+        self.table = f"True class (rows), answer (columns){table}"
 
     def _open(self) -> None:
         true, answer = self.cell
@@ -149,6 +148,6 @@ class ConfusionPanel(Panel):
         noise = SameNoise(self.run, 16, Solver(self.run.experiment.solver, self.run.experiment.steps))
         for cls in dict.fromkeys(cls for cls in self.cell if cls in self.run.known):
             drawn = self.run.samples(cls, 16)
-            parts.append(f"<b>Samples of class {escape(names[cls])}</b>{noise.grid(drawn, cls)}")
+            parts.append(f"<b>Samples of class {escape(names[cls])}</b>{noise.grid(drawn, cls)[0]}")
         self.opened = "".join(parts)
         self._draw()
