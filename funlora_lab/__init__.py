@@ -15,7 +15,8 @@ _PUBLIC = {
     "adapters": "Method function register",
     "data": "data_source",
     "systems": "Generator system",
-    "continual": "open_folder open_run run",
+    "continual": "open_folder run",
+    "cluster": "open_run",
     "studies.verification": "verify",
 }
 _ROOM = {name: room for room, names in _PUBLIC.items() for name in names.split()}

@@ -19,6 +19,7 @@ SHARED = {  # arguments of several subcommands
     "--seed": {"help": "a whole number from 0 up"},
     "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N (default: %(default)s)"},
     "--class": {"required": True, "metavar": "CLASS", "dest": "cls", "help": "its name or index"},
+    "--ray": {"nargs": "?", "const": "local", "metavar": "HOST:PORT", "help": "on a Ray cluster; alone: a local Ray"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
     "--with": {"action": "append", "default": [], "metavar": "FILE.py", "dest": "files", "help": "execute it first"},
 }
@@ -31,6 +32,8 @@ def main(words: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot spell is escaped
     arguments = _parser().parse_args(words)
     arguments.words = sys.argv[1:] if words is None else words
+    if address := getattr(arguments, "ray", None):
+        os.environ["FUNLORA_RAY"] = address
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with memory_for("image_size, base_channels or the number of images at once"):
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     minutes, count = _above_zero(float), _above_zero(int)
     settings = "preset --set --method --seed --device --json --with"
-    run = add("run", commands.run, settings, "run an experiment, or resume it, or show its stored result")
+    run = add("run", commands.run, f"{settings} --ray", "run an experiment, or resume it, or show its stored result")
     run.add_argument("--minutes", type=minutes, help="stop after so many minutes, saved; the same command goes on")
     run.add_argument(
         "--watch", action="store_true", help="keep what is drawn in training in the run's folder training/"
@@ -96,13 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     bring = add("import", commands.bring, "run --with", "bring the class of a file into a run over the same base")
     bring.add_argument("file", metavar="FILE")
     add("remove", commands.remove, "run --class --with", "take a class out of a run; its training stays in the store")
-    sweep = add("sweep", commands.sweep, "preset --set --device --with", "run what is missing of a preset's tables")
+    sweep = add("sweep", commands.sweep, "preset --set --device --with --ray", "run what a preset's tables lack")
     every = "windows,functions,functions_everywhere,operations,ratios,methods,systems"
     sweep.add_argument("--tables", default=every, help="joined by commas")
     sweep.add_argument("--row", action="append", default=[], dest="rows", help="only this row of them (repeatable)")
     sweep.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     sweep.add_argument("--plan", action="store_true", help="only show what is done, what remains and how long it takes")
-    notebooks = add("notebooks", commands.notebooks, "preset --set", "execute the notebooks for a preset")
+    sweep.add_argument("--gpus", type=count, metavar="N", help="with --plan: on 1, 8 and N GPUs at the paper's pace")
+    notebooks = add("notebooks", commands.notebooks, "preset --set --ray", "execute the notebooks for a preset")
     notebooks.add_argument("--only", metavar="TEXT", help="only notebooks whose name contains TEXT")
     lab = add("lab", commands.lab, "", "JupyterLab on the notebooks, for this machine only and with a token")
     lab.add_argument("--port", type=int, default=8888, help="8888, or the next free one")

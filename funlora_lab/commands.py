@@ -102,7 +102,7 @@ def _stored(record, arguments, progress: Progress) -> dict | None:
 
 def _made(record, arguments, progress: Progress, stop: Stop) -> dict | None:
     """The results of a run, what is missing of it made now; None in all processes of torchrun but the first."""
-    from funlora_lab import continual, training
+    from funlora_lab import cluster, continual, training
     from funlora_lab.studies import keep
 
     device = training.own_device(training.pick_device(arguments.device))
@@ -110,6 +110,7 @@ def _made(record, arguments, progress: Progress, stop: Stop) -> dict | None:
     runtime = training.Runtime(device, stop, report=progress, tell=tell, watch=watch)
     if not _base_together(record, runtime, arguments.repair):
         return None
+    cluster.do([record.experiment], arguments.device, None, runtime, partial(execute, *arguments.files))
     result = continual.run(record.experiment, runtime=runtime)
     if not record.pictures:
         keep.save_pictures(continual.OpenRun(record, runtime))
@@ -244,10 +245,13 @@ def sweep(arguments) -> None:
     base = tables.base_of(arguments.preset, arguments.settings)
     wanted = tables.cells(arguments.tables.split(","), base, range(arguments.seeds), arguments.rows)
     print(sweeps.status(wanted).to_string(), flush=True)
+    if arguments.gpus:
+        return print(sweeps.on_gpus(sweeps.missing(wanted), arguments.gpus))
     if arguments.plan:
         return print(f"What remains takes about {sweeps.estimate(wanted, arguments.device):.0f} s.")
     prepare, each = partial(execute, *arguments.files), lambda line: print(" ", line, flush=True)
-    sweeps.perform(wanted, arguments.device, show=print, each=each, prepare=prepare)
+    with contextlib.closing(Progress()) as progress:
+        sweeps.perform(wanted, arguments.device, None, print, each, prepare, progress)
     for name, table in sweeps.summary(sweeps.collect(wanted)).groupby(level=0, sort=False):
         print(f"\n{name}\n{sweeps.readable(table).to_string()}")
 

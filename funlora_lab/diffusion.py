@@ -47,6 +47,7 @@ class Schedule:
     T: int = 1000
 
     abar = cached_property(lambda self: (1 - betas(self.kind, self.T)).cumprod(0))  # (T,), float64
+    abar_on = cached_property(lambda self: cache(self.abar.to))  # once a device: a GPU records no copies from the CPU
     identity = property(lambda self: {"schedule": self.kind, "T": self.T})
 
     def __post_init__(self):
@@ -55,13 +56,8 @@ class Schedule:
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of images x at whole times t (B,)."""
-        abar = _abar_on(t.device, self)[t].to(x.dtype)[:, None, None, None]
+        abar = self.abar_on(t.device)[t].to(x.dtype)[:, None, None, None]
         return abar.sqrt() * x + (1 - abar).sqrt() * noise
-
-
-@cache
-def _abar_on(device: torch.device, schedule: Schedule) -> Tensor:
-    return schedule.abar.to(device)  # once: a copy in every step would keep a GPU from recording it
 
 
 def noise_loss(network: Noise, schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ class Stopped(LabError):
     """A run was asked to stop (time budget, signal, button); its state is saved and the same command resumes it."""
 
 
+class Missing(LabError):
+    """What was asked for has not been made yet, and nothing may be made."""
+
+
 class Damaged(LabError):
     """A file of the store cannot be trusted, so it is never loaded; ``path`` names it, ``finding`` says why."""
 

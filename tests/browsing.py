@@ -162,6 +162,7 @@ def screenshots(target: Path, preset: str) -> None:
                 lens.fill("class=7 layer=13 off=15 13.frequency.2=4.5 13.frequency.7=9.5")
                 lens.press("Enter")
                 panel(page, "lens").locator("[data-place=unet] svg", has_text="class 7").wait_for()
+                panel(page, "lens").get_by_alt_text(re.compile("class 7, bent")).wait_for()
                 panel(page, "lens").locator("[data-place=samples]", has_text=re.compile("loss.*loss")).wait_for()
                 for width, height in ((1440, 900), (1024, 768)):
                     page.set_viewport_size({"width": width, "height": height})

@@ -15,6 +15,7 @@ from funlora_lab.store import fingerprint, read_tensors
 def _own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNLORA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FUNLORA_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("FUNLORA_RAY", "")
 
 
 @pytest.fixture(scope="session")

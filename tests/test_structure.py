@@ -16,6 +16,7 @@ ORDER = (  # from the top floor down: a room imports from rooms below it, and fr
     ("commands",),
     ("workbench",),
     ("studies",),
+    ("cluster",),
     ("continual",),
     ("systems",),
     ("training", "data", "adapters"),
@@ -52,7 +53,7 @@ for _path in FILES:
 
 def test_every_room_has_a_floor_and_there_are_few():
     assert set(FLOOR) == ROOMS
-    assert len(ROOMS) <= 17
+    assert len(ROOMS) <= 18
 
 
 def test_imports_point_down():
@@ -60,11 +61,11 @@ def test_imports_point_down():
     assert not upwards
 
 
-def test_the_longest_chain_of_imports_is_ten_rooms():
+def test_the_longest_chain_of_imports_is_eleven_rooms():
     def chain(room: str) -> int:
         return 1 + max(map(chain, ARROWS[room]), default=0)
 
-    assert max(map(chain, ROOMS)) <= 10
+    assert max(map(chain, ROOMS)) <= 11
 
 
 PRIOR = {"diffusion.py", "studies/prior.py"} | {
@@ -77,10 +78,10 @@ def test_the_package_is_thin():
     assert max(lines.values()) <= 300, max(lines, key=lines.get)
     prior = sum(lines[name] for name in PRIOR)  # the systems that the paper compares with, and what they alone need
     assert prior <= 900
-    assert sum(lines.values()) - prior <= 10750
-    above = ("studies", "workbench", "commands", "__main__")
+    assert sum(lines.values()) - prior <= 11200
+    above = ("studies", "cluster", "workbench", "commands", "__main__")
     core = {name for name in lines if name.partition("/")[0].removesuffix(".py") not in above} - PRIOR
-    assert sum(lines[name] for name in core) <= 5500
+    assert sum(lines[name] for name in core) <= 5620
 
 
 def test_the_panels_are_thin():

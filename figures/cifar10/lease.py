@@ -1,258 +1,114 @@
-"""The parts of a lease of one GPU (see README.md): checks, speed, how much of the full run fits, what travels back.
+"""A lease of one GPU, from nothing: run from the root of a clone; PyTorch and its friends are all that it needs.
 
-    lease.py check OUT              what holds here, a line a check; OUT/without names what did not, to be left out
-    lease.py speed OUT SECONDS      OUT/speed.jsonl, a flushed line a row, for at most so many seconds
-    lease.py plan SPEED SECONDS     settings of the full run that fit into so many seconds, by the measured rates
-    lease.py pack RUNS OUT          what is finished: results, pictures, classes, then the base in bf16; 60 MiB in all
-    lease.py unpack PARTS FILE      the packed base -> FILE.safetensors, for base_weights= with base_images=0
+    python3 figures/cifar10/lease.py SECONDS
 
-SETTINGS (key=value with spaces) and PRESET make it a rehearsal at another size.
+does in so many seconds what is not done yet, in this order, and packs what there is for the way back: checks, the
+table of speeds, cifar10-quick, the full network. Called again it goes on. In the environment:
+
+    KEEP      a folder on that machine's disk (/tmp/keep)       OUT   what travels back (/tmp/out)
+    ARCHIVE   CIFAR10 as folders train/<class>/*, test/<class>/* in a tar file; or DATA="data_root=FOLDER"
+    CARRIED   what came back from an earlier lease: its small files go on, the full network starts from its base
+    FULL      further settings of the full network ("base_images=0": adapters over the carried base)
+    SETTINGS  further settings of both, and TIMES "check speed pack" in seconds: to rehearse at toy size
 """
 
-import contextlib
-import io
 import json
 import os
+import shutil
+import subprocess
 import sys
-import tarfile
-import tempfile
+import threading
 import time
-import zlib
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-
-from funlora_lab import continual, preset, verify
-from funlora_lab.errors import Stopped
-from funlora_lab.experiment import override
-from funlora_lab.store import Run, fingerprint, read_tensors
-from funlora_lab.training import Runtime, pick_device
-
-EXPERIMENT = override(
-    preset(os.environ.get("PRESET", "cifar10")), ["precision=bf16", *os.environ.get("SETTINGS", "").split()]
-)
-LIMIT, PART = 60 * 2**20, 15 * 2**20  # bytes in all, and of one file
-SHARES = {"base": 0.46, "adapters": 0.46}  # of the seconds of the full run; the rest draws, classifies and verifies
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+KEEP, OUT = Path(os.environ.get("KEEP", "/tmp/keep")), Path(os.environ.get("OUT", "/tmp/out"))
+CHECK, SPEED, PACK = map(int, os.environ.get("TIMES", "60 90 40").split())
+SHORTEST = 20  # seconds for which a run is begun at all
+# the preset's dopri5 at 1e-5 is not for bf16, whose rounding lies above that; an average from the start can be carried
+SIZE = "precision=bf16 solver=midpoint steps=8 chunk=1000 lanes=8 base_ema_start=0"
 
 
-# ---- check
+def words(*names: str) -> list[str]:
+    """What these variables of the environment say, word by word."""
+    return [word for name in names for word in os.environ.get(name, "").split()]
 
 
-def kernels_are_right(device: torch.device, folder: Path) -> bool:
-    import kernels
+class Lease:
+    """So many seconds, of which the last are for packing; what is called, and what it says, stands in OUT/lease.log."""
 
-    return kernels.check("check", "cuda")
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds - PACK
+        KEEP.mkdir(parents=True, exist_ok=True)
+        OUT.mkdir(parents=True, exist_ok=True)
+        self.log = (OUT / "lease.log").open("a")
 
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
-def stop_after(questions: int):
-    left = iter(range(questions))
-    return lambda: None if next(left, None) is not None else "enough"
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        print(line, file=self.log, flush=True)
 
+    def call(self, seconds: float, name: str, *command: str | Path) -> str:
+        """Python with these words for at most so many seconds -> its last line; its errors go to KEEP/<name>.err."""
+        with (KEEP / f"{name}.err").open("a") as errors:
+            given = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            with subprocess.Popen([sys.executable, *map(str, command)], **given) as process:
+                timer = threading.Timer(max(seconds, 1), process.terminate)
+                timer.start()
+                line = ""
+                for line in process.stdout:
+                    self.say(line.rstrip())
+                timer.cancel()
+        if process.returncode:
+            last = (KEEP / f"{name}.err").read_text().splitlines()[-1:] or [""]
+            self.say(f"{name}: ended with {process.returncode} {last[0]}")
+        return line
 
-def trained(device: torch.device, home: Path, stops: int = 0) -> dict[str, str]:
-    """Fingerprints of the artefacts of a whole smoke run with dropout, stopped so many times on the way."""
-    experiment = preset("smoke").but(dropout=0.1, precision=EXPERIMENT.precision)
-    for _ in range(stops):
-        with contextlib.suppress(Stopped):
-            continual.run(experiment, runtime=Runtime(device, stop=stop_after(30)), home=home)
-    continual.run(experiment, runtime=Runtime(device), home=home)
-    files = sorted((home / "artefacts").glob("*/*.safetensors"))
-    return {file.parent.name + file.name: fingerprint(read_tensors(file)[0]) for file in files}
+    def once(self, seconds: float, name: str, *command: str | Path) -> None:
+        """The same, unless it was begun in an earlier call of this script."""
+        if not (KEEP / f"{name}.err").exists():
+            self.call(min(seconds, self.left()), name, *command)
 
-
-def resumes_exactly(device: torch.device, folder: Path) -> bool:
-    return trained(device, folder / "whole") == trained(device, folder / "stopped", 4)
-
-
-def graph_is_the_eager_step(device: torch.device, folder: Path) -> bool:
-    os.environ["FUNLORA_WITHOUT"] = "graph"
-    try:
-        return trained(device, folder / "eager") == trained(device, folder / "whole")
-    finally:
-        del os.environ["FUNLORA_WITHOUT"]
-
-
-def nothing_is_forgotten(device: torch.device, folder: Path) -> bool:
-    run = next(Run.at(path) for path in sorted((folder / "whole").glob("smoke-*")))
-    found = [verify(run, device), verify(run, torch.device("cpu"))]
-    print(*(sentence for each in found for sentence in each.sentences()), sep="\n")
-    return all(each.unchanged for each in found)
-
-
-CHECKS = {  # what it is called, what is left out where it fails
-    "our kernels against float64": (kernels_are_right, "kernels"),
-    "a run stopped four times, bit for bit": (resumes_exactly, None),
-    "a captured step and the same step eager, bit for bit": (graph_is_the_eager_step, "graph"),
-    "verify, on the GPU and on the CPU": (nothing_is_forgotten, None),
-}
-
-
-def check(out: Path) -> None:
-    device, without = pick_device("cuda"), []
-    print(torch.__version__, torch.cuda.get_device_name(device), torch.backends.cudnn.version(), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (holds, feature) in CHECKS.items():
-            begun = time.monotonic()
-            try:
-                good, why = holds(device, Path(folder)), ""
-            except Exception as reason:  # whatever it is, the lease goes on
-                good, why = False, f": {type(reason).__name__} {reason}".splitlines()[0]
-            without += [feature] if feature and not good else []
-            print(f"{'ok' if good else 'WRONG':<6}{name}, {time.monotonic() - begun:.1f} s{why}", flush=True)
-    (out / "without").write_text(",".join(without))
+    def run(self, preset: str, *settings: str) -> None:
+        """A run, or the rest of it, as far as there is time; a finished one is verified."""
+        if self.left() < SHORTEST:
+            return self.say(f"{preset}: no time left")
+        given = [part for word in settings for part in ("--set", word)]
+        minutes = f"{(self.left() - 15) / 60:.3f}"  # the state of the full network takes seconds to save
+        command = ["-m", "funlora_lab", "run", preset, *given, "--minutes", minutes, "--json"]
+        said = self.call(self.left() + 5, preset, *command)
+        if said.startswith("{") and (found := json.loads(said))["finished"] and self.left() > SHORTEST:
+            self.once(self.left(), f"{preset}-verify", "-m", "funlora_lab", "verify", found["run"], "--device", "cuda")
 
 
-# ---- speed
-
-
-def rows(contenders, B: int):
-    """(name, images a step or evaluation, a function that makes its turn, FUNLORA_WITHOUT) of everything measured."""
-    from benchmark import arithmetic
-
-    def base(batch: int):
-        return lambda: contenders.base_steps(batch, EXPERIMENT.precision)
-
-    def adapters(K: int, N: int):
-        return lambda: contenders.adapter_steps(K, N)
-
-    yield f"base {B}", B, base(B), ""
-    yield f"adapters 2 x {B // 2}", B, adapters(2, B // 2), ""
-    yield f"adapters 8 x {B // 2}", 8 * (B // 2), adapters(8, B // 2), ""
-    for name in ("merged", "plain"):
-        yield f"sampling {name} {4 * B}", 8 * B, lambda name=name: contenders.sampling(4 * B)[name], ""
-    yield f"base {B} without graph", B, base(B), "graph"
-    yield f"base {B} without kernels", B, base(B), "kernels"
-    yield f"base {B} without determinism", B, base(B), "determinism"
-    yield f"base {2 * B}", 2 * B, base(2 * B), ""
-    yield "adapters 20 x 6", 120, adapters(20, 6), ""
-    for precision in ("bf16", "fp32"):
-        name = arithmetic(precision, contenders.runtime.device)
-        yield f"torchcfm {name} {B}", B, lambda precision=precision: contenders.torchcfm_steps(B, precision), ""
-    for K, N in ((2, B // 2), (20, 6)):
-        for form in ("one by one", "unfolded", "grouped"):
-            turn = lambda K=K, N=N, form=form: contenders.forms(K, N)[form]  # noqa: E731
-            yield f"largest convolution {K} x {N} {form}", K * N, turn, ""
-
-
-def speed(out: Path, seconds: float) -> None:
-    from benchmark import BASE, Contenders, Race, matrix_rate
-
-    device, end = pick_device("cuda"), time.monotonic() + seconds
-    steps, turns = (20, 3) if EXPERIMENT.base.batch >= 64 else (8, 1)
-    with (out / "speed.jsonl").open("w") as file, tempfile.TemporaryDirectory() as folder:
-
-        def note(**row) -> None:
-            print(line := json.dumps(row), flush=True)
-            file.write(line + "\n")
-            file.flush()
-
-        note(
-            row="matrix products", flops={str(d): matrix_rate(device, d, 0.2) for d in (torch.bfloat16, torch.float32)}
-        )
-        contenders = Contenders(EXPERIMENT, Runtime(device), Path(folder), len(BASE) + 20, steps)
-        given = os.environ.get("FUNLORA_WITHOUT", "")
-        for name, images, make, without in rows(contenders, EXPERIMENT.base.batch):
-            if time.monotonic() > end:
-                note(row=name, skipped="no time left")
-                continue
-            os.environ["FUNLORA_WITHOUT"] = ",".join(filter(None, (given, without)))
-            try:
-                race = Race(device, steps).run({name: make()}, turns)
-                rate = images / race.seconds(name)
-                note(row=name, images_per_second=rate, seconds=race.times[name], bytes=race.memory[name])
-            except Exception as reason:  # one row less
-                note(row=name, failed=f"{type(reason).__name__}: {reason}".splitlines()[0])
-            torch.cuda.empty_cache()
-
-
-# ---- plan
-
-
-def plan(measured: Path, seconds: float) -> list[str]:
-    """Settings of the full run for so many seconds: images seen follow from the rates of the rows of ``speed``."""
-    rates = {row["row"]: row.get("images_per_second") for row in map(json.loads, measured.read_text().splitlines())}
-    B, classes = EXPERIMENT.base.batch, 8
-    base, adapters = rates.get(f"base {B}"), rates.get(f"adapters 8 x {B // 2}") or rates.get(f"adapters 2 x {B // 2}")
-    if not base or not adapters:
-        sys.exit("lease.py: the base or the adapters were not measured: there is nothing to plan by.")
-    images = min(EXPERIMENT.base.images, round(base * SHARES["base"] * seconds))
-    each = min(EXPERIMENT.adapter.images, round(adapters * SHARES["adapters"] * seconds / classes))
-    words = [f"base_images={images}", f"base_ema_start={round(0.4 * images)}", f"adapter_images={each}"]
-    return [*words, f"adapter_ema_start={each // 3}", "lanes=8", "solver=midpoint", "steps=8", "chunk=1000"]
-
-
-# ---- pack
-
-
-def planes(tensors: dict[str, torch.Tensor]) -> bytes:
-    """Weights rounded to bf16, exponents apart from the rest, each deflated: 42 MiB of the paper's 35.75 M."""
-    flat = torch.cat([value.to(torch.bfloat16).flatten() for value in tensors.values()])
-    bits = flat.view(torch.uint8).unflatten(0, (-1, 2))
-    parts = [zlib.compress(bits[:, i].contiguous().numpy().tobytes(), 6) for i in (0, 1)]
-    head = json.dumps({"shapes": {name: list(value.shape) for name, value in tensors.items()}, "low": len(parts[0])})
-    return len(head).to_bytes(8, "little") + head.encode() + parts[0] + parts[1]
-
-
-def unplaned(content: bytes) -> dict[str, torch.Tensor]:
-    size = int.from_bytes(content[:8], "little")
-    head, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
-    both = [
-        torch.frombuffer(bytearray(zlib.decompress(part)), dtype=torch.uint8)
-        for part in (rest[: head["low"]], rest[head["low"] :])
-    ]
-    flat, tensors = torch.stack(both, 1).flatten().view(torch.bfloat16).float(), {}
-    for name, shape in head["shapes"].items():
-        count = torch.Size(shape).numel()
-        tensors[name], flat = flat[:count].reshape(shape), flat[count:]
-    return tensors
-
-
-def pack(runs: Path, out: Path) -> None:
-    """Small files of every run first, then finished classes, then the newest finished base, while there is room."""
-    names = (
-        "*-*/*.json",
-        "*-*/*.jsonl",
-        "*-*/*.png",
-        "artefacts/adapter-*/result.safetensors",
-        "artefacts/*/log.jsonl",
-    )
-    archive, skipped = io.BytesIO(), 0
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for path in (path for pattern in names for path in sorted(runs.glob(pattern))):
-            if archive.tell() + path.stat().st_size < PART:
-                tar.add(path, path.relative_to(runs))
-            else:
-                skipped += 1
-    (out / "small.tar.gz").write_bytes(archive.getvalue())
-    bases = sorted(runs.glob("artefacts/network-*/result.safetensors"), key=lambda path: path.stat().st_mtime)
-    packed = planes(read_tensors(bases[-1])[0]) if bases else b""
-    if fits := archive.tell() + len(packed) <= LIMIT:
-        for i in range(0, len(packed), PART):
-            (out / f"base-{i // PART}.planes").write_bytes(packed[i : i + PART])
-    said = f"{len(packed):,} bytes of base" if fits else f"the base, {len(packed):,} bytes, does not fit"
-    print(f"packed {archive.tell():,} bytes, {said}, {skipped} files left out", flush=True)
-
-
-def unpack(parts: Path, file: Path) -> None:
-    import safetensors.torch
-
-    content = b"".join(path.read_bytes() for path in sorted(parts.glob("base-*.planes")))
-    safetensors.torch.save_file(unplaned(content), file)
+def main(seconds: float) -> None:
+    lease, begun = Lease(seconds), time.monotonic()
+    if archive := os.environ.get("ARCHIVE"):
+        os.environ["DATA"] = f"data=folder data_root={KEEP / 'data'}"
+    os.environ |= {"FUNLORA_HOME": str(KEEP / "runs"), "PYTHONUNBUFFERED": "1", "FUNLORA_SAVE_SECONDS": "300"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    reading = threading.Thread(target=lease.call, args=(600, "data", HERE / "parts.py", "data", archive or "", KEEP))
+    reading.start()  # pictures are unpacked and decoded while others check and measure
+    base = KEEP / "base.safetensors"
+    if (carried := os.environ.get("CARRIED")) and not base.exists():
+        lease.call(60, "unpack", HERE / "parts.py", "unpack", carried, KEEP)
+    lease.once(CHECK, "check", HERE / "parts.py", "check", KEEP)
+    os.environ["FUNLORA_WITHOUT"] = (KEEP / "without").read_text() if (KEEP / "without").exists() else ""
+    lease.say(f"without: {os.environ['FUNLORA_WITHOUT'] or 'nothing'}")
+    lease.once(SPEED, "speed", HERE / "parts.py", "speed", KEEP, str(SPEED - 15))
+    reading.join()
+    lease.run("cifar10-quick", *words("DATA", "SETTINGS"))
+    start = [f"base_weights={base}"] if base.exists() else []
+    lease.run("cifar10", *SIZE.split(), *start, *words("DATA", "SETTINGS", "FULL"))
+    if (KEEP / "speed.jsonl").exists():
+        shutil.copy(KEEP / "speed.jsonl", OUT)
+    lease.call(PACK + 20, "pack", HERE / "parts.py", "pack", KEEP / "runs", OUT)
+    lease.say(f"{time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["check", out]:
-            check(Path(out))
-        case ["speed", out, seconds]:
-            speed(Path(out), float(seconds))
-        case ["plan", measured, seconds]:
-            print(*plan(Path(measured), float(seconds)))
-        case ["pack", runs, out]:
-            pack(Path(runs), Path(out))
-        case ["unpack", parts, file]:
-            unpack(Path(parts), Path(file))
-        case _:
-            sys.exit(__doc__)
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+        sys.exit(__doc__)
+    main(float(sys.argv[1]))

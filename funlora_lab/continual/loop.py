@@ -55,8 +55,8 @@ def prepare(
     """(context, generator that has learned nothing) of an experiment; LabError when anything does not fit."""
     check_method(experiment.method)
     solver_of(experiment)
-    dataset = load(experiment, home, runtime.check)
-    store = runtime.team.store(Run.of(experiment, home).folder.parent)
+    dataset = runtime.dataset or load(experiment, home, runtime.check)
+    store = runtime.store or runtime.team.store(Run.of(experiment, home).folder.parent)
     context = Context(experiment, dataset, tasks(experiment, len(dataset.classes)), store, runtime, read_only)
     generator = generator_of(context)
     generator.check()

@@ -12,19 +12,23 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
+from funlora_lab import cluster, data
 from funlora_lab.adapters import METHODS
-from funlora_lab.continual import OpenRun, open_run
+from funlora_lab.continual import OpenRun, open_run, stages
 from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.store import Run, canonical, home, listing
+from funlora_lab.studies import published
 from funlora_lab.studies.cost import seconds_of
 from funlora_lab.studies.tables import Cell
-from funlora_lab.training import ignore, pick_device
+from funlora_lab.systems import Context, generator_of
+from funlora_lab.training import Runtime, ignore, pick_device
 
 MEASURES = {  # measure -> (heading, digits, factor)
     "LA": ("LA %", 1, 100), "AIA": ("AIA %", 1, 100), "recognition": ("recognised %", 1, 100),
     "flow_loss": ("flow loss", 4, 1), "seconds": ("seconds", 0, 1),
 }  # fmt: skip
+PAPER = {"cifar10": ("FunLoRA, CIFAR10", 10), "imagenet100": ("FunLoRA, ImageNet100", 100)}  # row of COST, classes
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 
 
@@ -69,22 +73,67 @@ def estimate(wanted: list[Cell], device: str = "auto", folder: Path | None = Non
     return (seconds + len(new_seeds) * mean(spent["base"] for spent in known.values())) / workers_for(todo, device)
 
 
-def perform(wanted: list[Cell], device="auto", folder: Path | None = None, show=ignore, each=ignore, prepare=None):
-    """Run every cell that is not finished, on processors as many side by side as there are cores.
+def on_gpus(todo: list[Experiment], gpus: int) -> str:
+    """How long runs take on 1, 8 and ``gpus`` GPUs, each stage on one, at the paper's pace, and what bounds it.
+
+    Graham's bounds (1969) of any schedule that leaves no GPU idle without need: with W the hours of all stages and C
+    those of the longest chain of stages, n GPUs take from max(W / n, C) to W / n + C (1 - 1 / n).
+    """
+    if not todo:
+        return "Nothing remains."
+    if (e := todo[0]).preset not in PAPER:
+        raise LabError(f"gpus={gpus}: accepted for {' and '.join(PAPER)}, whose hours the paper prints.")
+    (whole, longest, name, parts), row = _costs(todo), PAPER[e.preset][0]
+    pace = 3600 * float(published.COST.loc[row, "total h"]) / _costs([e.but(method="funlora", score_after="every")])[0]
+    lines = [f"{len(todo)} runs at the paper's pace ({row}):"]
+    for n in sorted({1, 8, gpus}):
+        bounds = max(whole / n, longest), whole / n + longest * (1 - 1 / n)
+        lines.append(f"{n:>6} GPU{'s'[n < 2 :]:1}  {' to '.join(dict.fromkeys(duration(pace * b) for b in bounds))}")
+    steps = ", ".join(f"{kind} {duration(pace * cost)}" for kind, cost in parts.items() if cost)
+    bound = "that chain" if gpus > whole / longest else "their number"
+    lines.append(f"The longest chain of stages takes {duration(pace * longest)}: {name} ({steps}).")
+    return "\n".join([*lines, f"{gpus} GPUs are bound by {bound}: {whole / longest:.0f} at most are busy on average."])
+
+
+def _costs(experiments: list[Experiment]) -> tuple[float, float, str, dict[str, float]]:
+    """What all stages of runs cost, those shared by runs of a seed once; then the longest chain, whose, and of what."""
+    costs, chain = {}, (0.0, "", {})
+    for e in experiments:
+        context = Context(e, None, data.tasks(e, PAPER[e.preset][1]), None, Runtime())
+        generator, ends, own = generator_of(context), {}, set()
+        for stage, before in stages.plan(context, generator).items():
+            mine = stages.cost(stage, context, generator)
+            if stage.task or before & own:
+                own.add(stage)
+            costs[e if stage in own else e.seed, stage, mine] = mine
+            end, parts = max((ends[each] for each in before), key=lambda found: found[0], default=(0.0, {}))
+            ends[stage] = end + mine, parts | {stage.kind: parts.get(stage.kind, 0.0) + mine}
+        end, parts = ends[stage]  # the result
+        chain = max(chain, (end, f"{e.method}, seed {e.seed}", parts), key=lambda found: found[0])
+    return sum(costs.values()), *chain
+
+
+def perform(
+    wanted: list[Cell], device="auto", folder: Path | None = None, show=ignore, each=ignore, prepare=None, report=ignore
+):
+    """Run every cell that is not finished, on processors as many side by side as there are cores, or on a cluster.
 
     ``show`` gets what there is to do, how long it should take and then took, ``each`` a line for every finished run;
     ``prepare()`` registers what a user's files define in every process. The first error stops all; what is saved stays.
+    On the cluster that FUNLORA_RAY names all others go on, and ``report`` gets its events.
     """
     folder, begun = folder or home(), time.monotonic()
     todo, count = missing(wanted, folder), len({cell.experiment for cell in wanted})
     if not todo:
         return show(f"{count} runs, all stored")
-    workers, duration = workers_for(todo, device), _duration(estimate(wanted, device, folder))
-    show(f"{count} runs: {count - len(todo)} stored, {len(todo)} to do in about {duration}, {workers} at once")
-    in_turn = (_run(experiment, device, folder) for experiment in todo)
-    for line in in_turn if workers == 1 else side_by_side(todo, workers, device, folder, prepare):
-        each(line)
-    show(f"done in {_duration(time.monotonic() - begun)}")
+    cluster.do(todo, device, folder, Runtime(report=report, tell=show), prepare or bool)
+    if todo := missing(wanted, folder):
+        workers, expected = workers_for(todo, device), duration(estimate(wanted, device, folder))
+        show(f"{count} runs: {count - len(todo)} stored, {len(todo)} to do in about {expected}, {workers} at once")
+        in_turn = (_run(experiment, device, folder) for experiment in todo)
+        for line in in_turn if workers == 1 else side_by_side(todo, workers, device, folder, prepare):
+            each(line)
+    show(f"done in {duration(time.monotonic() - begun)}")
 
 
 def side_by_side(todo: list[Experiment], workers: int, device: str, folder: Path, prepare=None) -> Iterator[str]:
@@ -118,8 +167,11 @@ def _run(e: Experiment, device: str, folder: Path) -> str:
     return f"{e.preset} {e.method} {e.operation} {e.start} window {e.window} seed {e.seed}: {seconds:.0f} s"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def collect(wanted: list[Cell], folder: Path | None = None) -> pd.DataFrame:

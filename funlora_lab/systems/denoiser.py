@@ -128,9 +128,8 @@ class LastingClassifier:
             label |= {"generated": drawn, "evaluations": drawn * replay.evaluations}
         buffers = dict(net.named_buffers()) | {"replay/images": images, "replay/positions": positions}
         plan = Plan(steps, batch, rate, "linear", log_every=e.log_every)
-        given = (inputs_at, losses_of, runtime, [label], buffers)
-        trainer = Trainer(artefact, plan, optimizer, parameters, *given, before=replace_replayed)
-        trainer.finish(net.state_dict())
+        given = (plan, optimizer, parameters, inputs_at, losses_of, runtime, [label], buffers)
+        Trainer(artefact, *given, before=replace_replayed).finish(net.state_dict())
 
 
 @system("dgr-diffusion", "deep generative replay with a diffusion model, and a classifier that goes on with its replay")

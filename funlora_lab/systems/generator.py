@@ -10,7 +10,7 @@ from torch import Tensor
 from funlora_lab.adapters import METHODS, Row, source_text
 from funlora_lab.data import Dataset
 from funlora_lab.diffusion import Sampler
-from funlora_lab.errors import LabError
+from funlora_lab.errors import LabError, Missing
 from funlora_lab.experiment import REGISTERED_TEXTS, Experiment
 from funlora_lab.flow import Solver, Velocity, flow_loss
 from funlora_lab.store import Artefact, Store
@@ -52,9 +52,9 @@ class Context:
         for event in sorted((e for a in artefacts for e in a.events()), key=lambda event: event["step"]):
             self.runtime.report({**event, "replayed": True})
 
-    def may_make(self, artefact: Artefact) -> None:
+    def may_make(self, artefact: Artefact, part: str = "") -> None:
         if self.read_only:
-            raise LabError(f"The artefact {artefact.name} is missing.")
+            raise Missing(f"The artefact {artefact.name}{part} is missing.")
 
     def ready(self, artefact: Artefact, make: Callable[[], None]) -> None:
         """See to it that an artefact is finished: replay it, or ``make`` it while no other process does the same."""
@@ -102,6 +102,7 @@ class Generator:
 
     name = about = ""
     draws = True  # False where its images are the real ones, which are neither judged nor certified
+    pooled = False  # True where images of all classes are chosen from one pool, so that they are drawn together
     frozen = False  # True where a class is a row over a frozen base, so that rows can be exported, bent and added
     parameters_per_class = 0  # PPC: the numbers that one class more costs
 

@@ -87,7 +87,7 @@ def chosen(shares: Tensor, k: int, quota: int) -> Tensor:
 
 @system("jdcl", "one diffusion model with a classifying head, distilled from the previous one and that of the new task")
 class Jdcl(Denoiser, SelfReplay):
-    clip = False
+    clip, pooled = False, True
     teachers: tuple[Joint, Joint] | None = None  # of old and of new classes, in a global stage
 
     def check(self) -> None:

@@ -44,7 +44,7 @@ def stored_chunk(context: Context, artefact: Artefact, chunk: int, make: Callabl
     """(tensors, facts, whether it was missing) of one chunk of an artefact; ``make()`` draws it: (tensors, facts)."""
     path, runtime = artefact.folder / f"chunk-{chunk:05d}.safetensors", context.runtime
     if fresh := not path.exists():
-        context.may_make(artefact)
+        context.may_make(artefact, f"/{path.stem}")
         with artefact.held(runtime.check, runtime.tell), memory_for("chunk"):
             if not path.exists():
                 tensors, facts = make()

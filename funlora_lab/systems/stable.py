@@ -46,9 +46,8 @@ class StableDiffusion(Generator):
             raise self.refusal("")
         if missing := [name for name in ("diffusers", "peft", "transformers") if not find_spec(name)]:
             raise LabError(f"stable-diffusion needs {missing[0]}: pip install 'funlora-lab[diffclass]'.")
-        why = "it has no model_index.json" if self.folder.is_dir() else "there is no such folder"
         if not (self.folder / "model_index.json").is_file():
-            raise self.refusal(f"{why}; ")
+            raise self.refusal("it has no model_index.json; " if self.folder.is_dir() else "there is no such folder; ")
         if lacking := [part for part in PARTS if not self.files(part)]:
             pickled = " but pickled ones (.bin), which are never loaded" * bool(self.files(lacking[0], "bin"))
             raise self.refusal(f"{lacking[0]} has no safetensors files{pickled}; ")
@@ -77,10 +76,8 @@ class StableDiffusion(Generator):
             pipe.unet.add_adapter(lora)
         return pipe.to(self.context.runtime.device)
 
-    @cached_property
-    def numbers(self) -> dict[str, Tensor]:
-        """The parameters of the LoRA, by name."""
-        return {name: value for name, value in self.pipe.unet.named_parameters() if value.requires_grad}
+    # the parameters of the LoRA, by name
+    numbers = cached_property(lambda self: {k: v for k, v in self.pipe.unet.named_parameters() if v.requires_grad})
 
     @cached_property
     def weights_key(self) -> str:
@@ -136,8 +133,8 @@ class StableDiffusion(Generator):
 
         rate, steps = e.adapter.lr or self.rate, -(-e.adapter.images * len(new) // B)
         plan, label = Plan.of(e.adapter, rate, steps, e.log_every), {"stage": f"lora-{task + 1}"}
-        optimizer = torch.optim.Adam(self.numbers.values(), rate)
-        return Trainer(artefact, plan, optimizer, self.numbers, inputs_at, losses_of, self.context.runtime, [label])
+        training = (plan, torch.optim.Adam(self.numbers.values(), rate), self.numbers, inputs_at, losses_of)
+        return Trainer(artefact, *training, self.context.runtime, [label])
 
     def source(self, cls: int) -> Source:
         e, own, unet = self.context.experiment, self.context.experiment.prior, self.pipe.unet

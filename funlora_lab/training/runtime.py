@@ -40,6 +40,8 @@ class Runtime:
     # is given, now and then, stage, classes, step and loss of a training, and what is drawn then, uint8 (N, C, H, W)
     watch: Watch | None = None
     team: Team = field(default_factory=Team)  # the processes that train a whole network together
+    dataset: object = None  # the experiment's images, where they have been read already
+    store: object = None  # where artefacts are kept, if not in the run's home
 
     def check(self) -> None:
         """Raise Stopped when a stop was asked for; only where everything is already saved."""

@@ -20,8 +20,8 @@ from funlora_lab.training.device import Inputs, Steps, move, update
 from funlora_lab.training.runtime import Runtime, ignore
 
 MEMORY = {"adapter": "lanes or adapter_batch"} | dict.fromkeys(("classifier", "own classifier"), "classifier_batch")
-KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}  # a step's learning rate, the average's
-# step towards the weights, and where its losses are noted
+# a step's learning rate, the average's step towards the weights, where its losses are noted
+KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}
 LOOKS = 6  # about so many times a training that is watched is looked at
 KEPT = "the state saved before it is kept, a lower learning rate may help."
 

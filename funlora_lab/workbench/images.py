@@ -145,7 +145,7 @@ def watched(looks: list[tuple[Event, Tensor]], event: Event, images: Tensor) -> 
         [f"step {e['step']:,}", markup.picture(drawn, f"samples at step {e['step']}"), f"loss {e['loss']:.4f}"]
         for e, drawn in looks
     ]
-    what = f"{event['stage']} {', '.join(map(str, event['classes']))}".strip()
+    what = " of class ".join(filter(None, [event["stage"], ", ".join(map(str, event["classes"]))]))
     return f"<b>{escape(what)}, in training: samples from the same noise</b>{markup.sheet(rows)}"
 
 

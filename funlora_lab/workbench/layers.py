@@ -234,8 +234,8 @@ def unet_picture(
     top, left, low, high = 40, 36, min(values.values()), max(values.values())
     right, bottom = left + len(layers) * wide, top + (len(sizes) - 1) * drop + tall
     ramp = markup.coloured(np.linspace(low, high, 64)[None], low, high, "viridis")
-    parts = [svg_text(left, 16, title, size=13, weight="bold"), svg_image(right - 270, 8, 80, 9, ramp)]
-    parts.append(svg_text(right - 184, 16, f"{low:.3g} to {high:.3g}; grey: not adapted", size=12))
+    parts = [svg_text(left, 16, title, size=13, weight="bold"), svg_image(right - 298, 8, 80, 9, ramp)]
+    parts.append(svg_text(right - 212, 16, f"{low:.3g} to {high:.3g}; grey: not adapted", size=12))
     for part in ("encoder", "middle", "decoder"):
         inside = layers.index[layers["part"] == part]
         parts.append(svg_text(left + (inside[0] + inside[-1] + 1) / 2 * wide, 33, part, "middle", 12))

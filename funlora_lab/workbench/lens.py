@@ -80,7 +80,8 @@ class Lens:
 
     def __init__(self, run: OpenRun):
         self.run, self.adapted, self.method = run, AdaptedLayers(run), run.experiment.method
-        self.learned = cache(self._learned)  # every bend is set beside it
+        # ``draw`` of a class as it was learned, which every bend is set beside
+        self.learned = cache(lambda cls, *how: self.draw(Bend(cls, next(iter(self.adapted.names))), *how))
 
     def check(self, bend: Bend) -> None:
         """Raise LabError for a class, layer, function or number that this run does not have."""
@@ -148,7 +149,3 @@ class Lens:
             states = to_bytes(solver.path(velocity, noise.noise(cls), frames)[0]).cpu()
             held = held_out_loss(self.run.context, Source("", lambda: velocity), cls, 2) if loss else None
         return Seen(states, *noise.verdict(states[-1], cls), held)
-
-    def _learned(self, cls: int, solver: Solver, frames: int = 0) -> Seen:
-        """The same as it was learned."""
-        return self.draw(Bend(cls, next(iter(self.adapted.names))), solver, frames)

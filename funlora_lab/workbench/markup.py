@@ -110,7 +110,7 @@ def table(frame: pd.DataFrame | dict, digits: int = 4) -> str:
     """A data frame, or one column, as an HTML table; numbers with ``digits`` decimals, missing ones as a dash."""
     frame = pd.DataFrame({"": frame}) if isinstance(frame, dict) else frame
     html = frame.to_html(border=0, float_format=f"{{:.{digits}f}}".format, na_rep="–", index_names=False)
-    return f'<div class="wide">{html}</div>'
+    return f'<div class="wide" tabindex="0">{html}</div>'
 
 
 def badge(good: bool, words: str) -> str:

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import anywidget
-from torch import Tensor
 from traitlets import TraitType, Unicode
 
 from funlora_lab.errors import LabError, Stopped
-from funlora_lab.training import Event, Runtime
+from funlora_lab.training import Runtime
 from funlora_lab.workbench import controls
 from funlora_lab.workbench.images import watched
 from funlora_lab.workbench.markup import bar, problem
@@ -110,8 +109,7 @@ class Working(Panel):
     work_places = controls.row(controls.place("bar"), controls.place("halt"))
 
     def __init__(self, bench):
-        self.thread, self._asked, self._shown = threading.Thread(), threading.Event(), 0.0
-        self.looks: list[tuple[Event, Tensor]] = []
+        self.thread, self._asked, self._shown, self.looks = threading.Thread(), threading.Event(), 0.0, []
         super().__init__(bench)
 
     @property

@@ -41,6 +41,9 @@ class Progress:
                 self._advance(f"samples of class {event['class']}", event["drawn"], event["of"], event["seconds"])
             case "quality":
                 self._advance(f"quality of {event['group']}", event["done"], event["of"], event["seconds"])
+            case "cluster":
+                note = f"{event['done']} tasks done, {event['running']} running"
+                self._advance("all runs on Ray, %", round(100 * event["share"]), 100, event["seconds"], note)
             case "accuracy":
                 each = " ".join(f"{value:.3f}" for value in event["per_task"])
                 self.close(f"task {event['task']}/{event['of']}: accuracy {event['average']:.4f} (by task: {each})")
