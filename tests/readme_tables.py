@@ -79,13 +79,13 @@ def digits() -> str:
 
 
 def tiny() -> str:
-    e, paper, r = preset("cifar10-tiny"), preset("cifar10"), results("cifar10-tiny")["funlora"]
+    e, paper = preset("cifar10-tiny"), preset("cifar10")
     weights = sum(value.numel() for name, value in meta_unet(e).named_parameters() if name != "label_emb.weight") / 1e6
     return f"""\
-Photographs, on {r["provenance"]["threads"]} CPU cores: `cifar10-tiny` is CIFAR10 at {e.image_size} x {e.image_size} pixels, re-encoded as JPEG, with a
-U-Net of {weights:.2f} M weights, {e.base.images:,} images for the base (the paper: {paper.base.images:,}) and {e.adapter.images:,} for a class
-({paper.adapter.images:,}). It says how methods compare on photographs, not what the paper's setting reaches. One seed
-([`results.json`](figures/cifar10-tiny/results.json), made by version {r["provenance"]["versions"]["funlora-lab"]}, whose held-out times were less evenly spread):
+Photographs, without a GPU: `cifar10-tiny` is CIFAR10 at {e.image_size} x {e.image_size} pixels, re-encoded as JPEG, with a U-Net of {weights:.2f} M
+weights, {e.base.images:,} images for the base (the paper: {paper.base.images:,}) and {e.adapter.images:,} for a class ({paper.adapter.images:,}). It says how
+methods compare on photographs, not what the paper's setting reaches. One seed (notebook 01,
+[`results.json`](figures/cifar10-tiny/results.json)):
 
 {methods("cifar10-tiny")}"""  # noqa: E501
 

@@ -240,7 +240,6 @@ def distance_per_task(averages: dict[str, Sequence[float | None]], bound: str) -
     for i, (name, values) in enumerate((name, values) for name, values in averages.items() if name != bound):
         below = best - 100 * np.array(values, float)
         axis.plot(range(1, len(below) + 1), below, **style(i, 5, label=name))
-        axis.annotate(f"{below[-1]:.1f}", (len(below), below[-1]), (7, -3), textcoords="offset points", fontsize=8)
     axis.set_yscale("symlog", linthresh=1, linscale=0.6)
     ticks = [-10, -1, 0, 1, 2, 5, 10, 20, 50, 100]
     low, high = axis.get_ylim()
@@ -250,6 +249,12 @@ def distance_per_task(averages: dict[str, Sequence[float | None]], bound: str) -
     axis.set(xticks=range(1, len(best) + 1), xmargin=0.08)
     axis.invert_yaxis()
     legend(figure)
+    figure.draw_without_rendering()  # now the ends of lines have their places
+    free, last = np.inf, [line.get_xydata()[-1] for line in axis.lines[1:]]
+    for point in sorted(last, key=lambda point: point[1]):  # from above; numbers of close lines stand below each other
+        height = axis.transData.transform(point)[1] * 72 / DPI
+        free = min(free - 10, height)
+        axis.annotate(f"{point[1]:.1f}", point, (7, free - height - 3), textcoords="offset points", fontsize=8)
     return figure
 
 
