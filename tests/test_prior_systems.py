@@ -14,6 +14,7 @@ from funlora_lab.studies import prior
 from funlora_lab.systems import Context, Generator, SelfReplay, generator_of
 from funlora_lab.systems.denoiser import towards_new
 from funlora_lab.systems.jdcl import chosen, global_loss, local_loss
+from funlora_lab.systems.sampling import glimpse
 from funlora_lab.training import Runtime
 
 SMALL = preset("smoke").but(
@@ -79,6 +80,15 @@ def test_killed_and_stopped_at_random_moments_every_system_ends_the_same(method,
     assert found.items() <= expected.items()
     for name in ("confusion", "LA", "own_LA"):
         assert results.get(name) == whole.results.get(name)
+
+
+def test_every_stage_of_jdcl_can_be_watched(tmp_path):
+    looks = []
+    e = SMALL.but(method="jdcl", score_after="none")
+    run = open_run(e, "cpu", home=tmp_path, watch=lambda event, images: looks.append((event["stage"], images)))
+    stages = list(dict.fromkeys(stage for stage, _ in looks))
+    assert stages == ["base", "local-2", "global-2", "local-3", "global-3"]
+    assert torch.equal(looks[-1][1], glimpse(run.generator, run.order))
 
 
 def test_both_numbers_are_reported_after_every_task(runs):

@@ -70,9 +70,7 @@ class LastingClassifier:
     """
 
     def __init__(self, context: Context):
-        e = context.experiment
-        self.context, self.key = context, ""
-        self.seen: list[int] = []
+        e, self.context, self.key, self.seen = context.experiment, context, "", []
         self.net = prepared(build_classifier(e, len(context.classes), "lasting"), context.runtime.device)
 
     def logits(self, x: Tensor) -> Tensor:

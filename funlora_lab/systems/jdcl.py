@@ -109,8 +109,11 @@ class Jdcl(Denoiser, SelfReplay):
             images, self.teachers = evened(parts, e.seed, task), (self.net, local)
             net, key = self.stage(f"global-{task + 1}", seen, images, self.steps(task), self.net, **given, local=key)
             self.teachers = None
-        self.net, self.key, self.labels = net, key, seen
-        self.drawn = self.sources(net, key, seen, seen)
+        self.adopt(net, key, seen)
+
+    def adopt(self, net: Joint, key: str, labels: list[int]) -> None:
+        super().adopt(net, key, labels)
+        self.drawn = self.sources(self.net, key, labels, labels)
 
     def stage(self, name: str, labels: list[int], images: Images, steps: int, start: Joint | None = None, **inputs):
         """(a network trained on ``images`` from the weights of ``start`` or from scratch, its artefact's key)."""
