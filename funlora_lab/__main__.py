@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "prove from the stored files that a run forgot nothing; exit status 1 when something changed"
     add("verify", commands.verify, "run --device --json --with", about).set_defaults(device="cpu")
     bench = add("bench", commands.bench, settings, "how fast a preset's steps are, against torchcfm and naive forms")
-    bench.add_argument("--batch", type=count, default=0, help="images a step (default: 8 on a CPU)")
+    bench.add_argument("--batch", type=count, default=0, help="images a step (default: the preset's, or a second's)")
     bench.add_argument("--repeats", type=count, default=0, help="counted turns of everything compared (default: 5)")
     add("list", commands.listing, "--with", "presets, methods, solvers, data sources, settings and stored runs")
     ledger = add("ledger", commands.ledger, "--json --with", "parameters a class, the paper's and a preset's")

@@ -153,19 +153,22 @@ def measure(
 ) -> dict:
     """All comparisons for one experiment on one device, as one object (see ``RATIOS``).
 
-    ``batch`` images a base step (0: 8 on a CPU, the experiment's own on a GPU), ``repeats`` counted turns of every
-    contender (0: 5). ``row`` is given every comparison as soon as it is made. What needs bf16 is None where the device
-    has no instructions for it. Raises LabError before anything is measured when torchcfm is missing.
+    ``batch`` images a base step (0: the experiment's own; on a CPU at most those of a second at the rate of matrix
+    products), ``repeats`` counted turns of every contender (0: 5). ``row`` is given every comparison as soon as it is
+    made. What needs bf16 is None where the device has no instructions for it. Raises LabError before anything is
+    measured when torchcfm is missing.
     """
     torchcfm_unet(experiment, 1, device=torch.device("meta"))
     device = runtime.device
     e = experiment.but(method="funlora", precision=arithmetic(experiment.precision, device))
-    B, repeats, K = batch or (e.base.batch if device.type == "cuda" else 8), repeats or 5, max(LANES)
+    repeats, K = repeats or 5, max(LANES)
     precisions = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(device.type) else {})
     bf16 = "bf16" in precisions
     rates = dict.fromkeys(("fp32", "bf16")) | {name: matrix_rate(device, dtype) for name, dtype in precisions.items()}
     row({"matrix_flops_per_second": rates, "fp32_is": convolutions_in("fp32", device)})
     cost = flops(e, device)
+    a_second = max(2, int(rates[e.precision] / cost["base"]) // 2 * 2)
+    B = batch or (e.base.batch if device.type == "cuda" else min(e.base.batch, a_second))
     steps = max(1, min(20, round(0.2 * rates[e.precision] / (cost["base"] * B))))  # a fifth of a second at full rate
     shapes = {k: f"{k} x {lane_images // k}" for k in (2, *LANES)}
     with tempfile.TemporaryDirectory() as folder:
