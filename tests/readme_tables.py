@@ -32,10 +32,10 @@ def results(name: str) -> dict[str, dict]:
 
 
 class Table:
-    """A table that a notebook kept, ``figures/digits/<name>``, by row and column; numbers are taken as they stand."""
+    """A table that a notebook kept, ``figures/<of>/<name>``, by row and column; numbers are taken as they stand."""
 
-    def __init__(self, name: str):
-        self.name, self.path = name, FIGURES / "digits" / f"{name}.csv"
+    def __init__(self, name: str, of: str = "digits"):
+        self.name, self.path = name, FIGURES / of / f"{name}.csv"
         self.frame = pd.read_csv(self.path, index_col=0, dtype=str)
         self.caption = self.path.with_suffix(".md").read_text().splitlines()[0]
 
@@ -52,7 +52,7 @@ class Table:
 
     @property
     def link(self) -> str:
-        return f"[{self.name}](figures/digits/{self.name}.md)"
+        return f"[{self.name}]({self.path.with_suffix('.md').relative_to(ROOT)})"
 
 
 def methods(name: str) -> str:
@@ -87,7 +87,25 @@ weights, {e.base.images:,} images for the base (the paper: {paper.base.images:,}
 methods compare on photographs, not what the paper's setting reaches. One seed (notebook 01,
 [`results.json`](figures/cifar10-tiny/results.json)):
 
-{methods("cifar10-tiny")}"""  # noqa: E501
+{methods("cifar10-tiny")}
+
+{prior_tiny()}"""  # noqa: E501
+
+
+def prior_tiny() -> str:
+    """The prior systems on photographs: both accuracies, and what the generator was trained on."""
+    table, columns = Table("08-systems", "cifar10-tiny"), ("own LA %", "LA % on samples", "images trained")
+    count = re.search(r"(\S+) samples a class", table.caption).group(1)
+    lines = [
+        f"The prior systems there (notebook 08, {table.link}), at FunLoRA's images (`replay_budget=new`) and",
+        f"{count} samples a class: LA by the classifier that a system trains along, and by a new one of its samples.",
+        "",
+        "| system | own LA % | LA % on samples | images trained |",
+        "|---|---|---|---|",
+    ]
+    for row in table.frame.index[table.frame["n"] != "0"]:
+        lines.append(" | ".join([f"| {row}", *(table.of(row, column) for column in columns)]) + " |")
+    return "\n".join(lines)
 
 
 def findings() -> str:
