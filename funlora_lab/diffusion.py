@@ -84,9 +84,8 @@ class Sampler:
     def __post_init__(self):
         if self.name not in SAMPLERS:
             raise LabError(f"denoiser={self.name}: accepted is one of {', '.join(SAMPLERS)}.")
-        if not 1 <= self.steps <= self.schedule.T:
-            accepted = f"a whole number from 1 to diffusion_steps={self.schedule.T}"
-            raise LabError(f"denoising_steps={self.steps}: accepted is {accepted}.")
+        if not 1 <= self.steps <= (T := self.schedule.T):
+            raise LabError(f"denoising_steps={self.steps}: accepted is a whole number from 1 to diffusion_steps={T}.")
 
     @property
     def identity(self) -> dict:
@@ -117,12 +116,13 @@ class Sampler:
             score = self.score(image(x, noise) if self.predicted else x).sum()
         return noise.detach(), torch.autograd.grad(score, x)[0]
 
-    def step(self, network: Noise, t: Tensor, a: Tensor, after: Tensor, x: Tensor) -> Tensor:
-        """x (B, C, H, W) at the next time, without what DDPM adds, from x at t; abar at both times is float64 ().
+    def step(self, network: Noise, t: Tensor, abar: Tensor, x: Tensor) -> Tensor:
+        """x (B, C, H, W) at the next time, without what DDPM adds, from x at t; abar (2,) at both times, float64.
 
         Guidance with gradient g moves the predicted image by (1 - abar) / sqrt(abar) g under DDIM, which is the noise
         e - sqrt(1 - abar) g of GUIDE, and the mean by the variance times g under DDPM.
         """
+        a, after = abar
 
         def image(x: Tensor, noise: Tensor) -> Tensor:
             predicted = (x - (1 - a).sqrt() * noise) / a.sqrt()
@@ -142,11 +142,11 @@ class Sampler:
         times, step, states = torch.tensor(self.times, device=x.device), self.repeated(self.step, network), [x]
         abar = torch.nn.functional.pad(self.schedule.abar_on(x.device)[times], (0, 1), value=1.0)  # 1: of the images
         name = hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() if self.name == "ddpm" else ""
-        for i, (t, a, after) in enumerate(zip(times.float(), abar[:-1], abar[1:], strict=True)):
-            x = step(t, a, after, x)
+        for i, (t, both) in enumerate(zip(times.float(), abar.unfold(0, 2, 1), strict=True)):
+            x = step(t, both, x)
             if name and i + 1 < self.steps:  # what is added depends on the noise at the start alone
                 fresh = torch.randn(x.shape, generator=stream(0, "ancestral", name, i))
-                x = x + (1 - a / after).sqrt() * fresh.to(x.device)
+                x = x + (1 - both[0] / both[1]).sqrt() * fresh.to(x.device)
             states.append(x)
         if not torch.isfinite(x).all():
             raise LabError(f"The sampler {self.name} left the finite numbers: the network has diverged.")
