@@ -7,9 +7,9 @@ x_t = sqrt(abar_t) x + sqrt(1 - abar_t) e.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -79,13 +79,13 @@ class Sampler:
     clip: bool = True  # predicted images into [-1, 1]
     score: Callable[[Tensor], Tensor] | None = None
     predicted: bool = False  # the score is that of the predicted image
+    repeated: Callable = partial  # as a Solver's
 
     def __post_init__(self):
         if self.name not in SAMPLERS:
             raise LabError(f"denoiser={self.name}: accepted is one of {', '.join(SAMPLERS)}.")
-        if not 1 <= self.steps <= self.schedule.T:
-            accepted = f"a whole number from 1 to diffusion_steps={self.schedule.T}"
-            raise LabError(f"denoising_steps={self.steps}: accepted is {accepted}.")
+        if not 1 <= self.steps <= (T := self.schedule.T):
+            raise LabError(f"denoising_steps={self.steps}: accepted is a whole number from 1 to diffusion_steps={T}.")
 
     @property
     def identity(self) -> dict:
@@ -116,44 +116,43 @@ class Sampler:
             score = self.score(image(x, noise) if self.predicted else x).sum()
         return noise.detach(), torch.autograd.grad(score, x)[0]
 
-    def states(self, network: Noise, x: Tensor) -> Iterator[Tensor]:
-        """x (B, C, H, W) after every step, from noise. What DDPM adds depends on the noise it starts from alone.
+    def step(self, network: Noise, t: Tensor, abar: Tensor, x: Tensor) -> Tensor:
+        """x (B, C, H, W) at the next time, without what DDPM adds, from x at t; abar (2,) at both times, float64.
 
         Guidance with gradient g moves the predicted image by (1 - abar) / sqrt(abar) g under DDIM, which is the noise
         e - sqrt(1 - abar) g of GUIDE, and the mean by the variance times g under DDPM.
         """
-        abar, times = self.schedule.abar.tolist(), self.times
-        name = hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() if self.name == "ddpm" else ""
-        for i, time in enumerate(times):
-            a, after = abar[time], abar[times[i + 1]] if i + 1 < len(times) else 1.0
+        a, after = abar
 
-            def image(x: Tensor, noise: Tensor, a: float = a) -> Tensor:
-                predicted = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
-                return predicted.clamp(-1, 1) if self.clip else predicted
+        def image(x: Tensor, noise: Tensor) -> Tensor:
+            predicted = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            return predicted.clamp(-1, 1) if self.clip else predicted
 
-            t = torch.tensor(float(time), device=x.device)
-            noise, gradient = self.guided(network, t, x, image)
-            x0 = image(x, noise)
-            if self.name == "ddim":
-                x0 = x0 + (1 - a) / math.sqrt(a) * gradient
-                x = math.sqrt(after) * x0 + math.sqrt((1 - after) / (1 - a)) * (x - math.sqrt(a) * x0)
-            else:
-                beta = 1 - a / after  # of the jump from this time to the next
-                x = (math.sqrt(after) * beta * x0 + math.sqrt(a / after) * (1 - after) * x) / (1 - a) + beta * gradient
-                if i + 1 < len(times):
-                    fresh = torch.randn(x.shape, generator=stream(0, "ancestral", name, i))
-                    x = x + math.sqrt(beta) * fresh.to(x.device)
-            yield x
-        if not torch.isfinite(x).all():
-            raise LabError(f"The sampler {self.name} left the finite numbers: the network has diverged.")
+        noise, gradient = self.guided(network, t, x, image)
+        x0 = image(x, noise)
+        if self.name == "ddim":
+            x0 = x0 + (1 - a) / a.sqrt() * gradient
+            return after.sqrt() * x0 + ((1 - after) / (1 - a)).sqrt() * (x - a.sqrt() * x0)
+        beta = 1 - a / after  # of the jump from this time to the next
+        return (after.sqrt() * beta * x0 + (a / after).sqrt() * (1 - after) * x) / (1 - a) + beta * gradient
 
     @torch.no_grad()
-    def path(self, network: Noise, x: Tensor, frames: int = 0, correct: None = None) -> tuple[Tensor, int]:
+    def path(self, network: Noise, x: Tensor, frames: int = 0) -> tuple[Tensor, int]:
         """(``frames`` states (frames, B, C, H, W), by default all, from the noise to the images, evaluations)."""
-        states = [x, *self.states(network, x)]
+        times, step, states = torch.tensor(self.times, device=x.device), self.repeated(self.step, network), [x]
+        abar = torch.nn.functional.pad(self.schedule.abar_on(x.device)[times], (0, 1), value=1.0)  # 1: of the images
+        name = hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() if self.name == "ddpm" else ""
+        for i, (t, both) in enumerate(zip(times.float(), abar.unfold(0, 2, 1), strict=True)):
+            x = step(t, both, x)
+            if name and i + 1 < self.steps:  # what is added depends on the noise at the start alone
+                fresh = torch.randn(x.shape, generator=stream(0, "ancestral", name, i))
+                x = x + (1 - both[0] / both[1]).sqrt() * fresh.to(x.device)
+            states.append(x)
+        if not torch.isfinite(x).all():
+            raise LabError(f"The sampler {self.name} left the finite numbers: the network has diverged.")
         kept = torch.linspace(0, self.steps, frames or self.steps + 1).round().long().tolist()
         return torch.stack([states[i] for i in kept]), self.evaluations
 
-    def integrate(self, network: Noise, x: Tensor, correct: None = None) -> tuple[Tensor, int]:
+    def integrate(self, network: Noise, x: Tensor) -> tuple[Tensor, int]:
         """(images (B, C, H, W), evaluations of the network) from noise x."""
         return self.path(network, x, 2)[0][-1], self.evaluations

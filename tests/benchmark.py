@@ -21,7 +21,8 @@ from funlora_lab.adapters import Adapters, stack
 from funlora_lab.continual import provenance
 from funlora_lab.experiment import Experiment
 from funlora_lab.systems import build_unet
-from funlora_lab.training import Runtime, arithmetic, convolutions_in, has_bf16
+from funlora_lab.training import Runtime, arithmetic, convolutions_in
+from funlora_lab.training.device import has_bf16
 
 LANES = (1, 5, 20)  # classes side by side in the comparison at a constant number of images
 RATIOS = {

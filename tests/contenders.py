@@ -22,8 +22,8 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.flow import flow_loss
 from funlora_lab.store import Artefact, Store
-from funlora_lab.systems import AdaptedBase, Context, build_unet, draw_chunk
-from funlora_lab.training import Runtime, Trainer, autocast, replayed
+from funlora_lab.systems import AdaptedBase, Context, build_unet, draw_chunk, solver_of
+from funlora_lab.training import Runtime, Trainer, autocast, replays
 from funlora_lab.unet.layers import FORMS
 
 Turn = Callable[[], None]
@@ -128,15 +128,17 @@ class Contenders:
         generator.rows[new], generator.keys[new] = generator.adapters.start(new), "untrained"
 
         def turn_of(velocity) -> Turn:
+            solver = replace(solver_of(e), repeated=replays(device))
+
             def turn() -> None:
                 for chunk in range(self.steps):
-                    drawn, _ = draw_chunk(velocity, e, new, chunk, device)
+                    drawn, _ = draw_chunk(velocity, e, new, chunk, device, solver)
                 drawn.sum().item()
 
             return turn
 
         drawn = {"merged": generator.source(new), "plain": generator.source(0)}
-        return {name: turn_of(replayed(source.velocity(), device)) for name, source in drawn.items()}
+        return {name: turn_of(source.velocity()) for name, source in drawn.items()}
 
     def forms(self, K: int, N: int) -> dict[str, Turn]:
         """The largest adapted layer's convolution of K classes, forward and backward, in every form."""

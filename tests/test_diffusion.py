@@ -105,7 +105,7 @@ def test_a_step_guided_on_the_image_is_the_one_calculated_by_hand():
     schedule, x = Schedule(), torch.tensor([0.02, 5.0]).reshape(1, 1, 1, 2)
     sampler = Sampler(schedule, "ddim", 2, score=linear, predicted=True)
     assert sampler.times == [500, 0]
-    first, _ = sampler.states(lambda t, x: x / 2, x)
+    _, first, _ = sampler.path(lambda t, x: x / 2, x)[0]
     a, b = schedule.abar[500].item(), schedule.abar[0].item()
     slope = (1 - math.sqrt(1 - a) / 2) / math.sqrt(a)
     gradient = [3 * slope, 0.0]
@@ -122,7 +122,7 @@ def test_an_ancestral_step_guided_on_the_noise_moves_the_mean_by_the_variance_ti
     x, network = torch.zeros(1, 1, 1, 2), lambda t, x: x / 2
     plain, guided = (Sampler(Schedule(), "ddpm", 3, score=score) for score in (None, linear))
     assert plain.times == [999, 499, 0]
-    before, after = (next(iter(sampler.states(network, x))) for sampler in (plain, guided))
+    before, after = (sampler.path(network, x)[0][1] for sampler in (plain, guided))
     variance = 1 - (plain.schedule.abar[999] / plain.schedule.abar[plain.times[1]]).item()
     assert torch.allclose((after - before)[0, 0, 0], variance * torch.tensor([3.0, -1.0]), atol=1e-5)
 

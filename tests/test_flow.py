@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchdiffeq import odeint
 
 from funlora_lab.errors import LabError
 from funlora_lab.flow import EVALUATIONS_A_STEP, SOLVERS, Solver, flow_loss, noise
@@ -67,6 +68,15 @@ def test_fixed_grids_converge_at_their_order_and_count_their_evaluations(name):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDER[name], abs=0.5)
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_steps_on_a_grid_have_the_bits_of_torchdiffeq(name):
+    x0 = images(3)
+    for steps in (1, 4, 7, 10):
+        grid = torch.linspace(0, 1, steps + 1)
+        states, _ = Solver(name, steps).path(swirl, x0)
+        assert torch.equal(states, odeint(swirl, x0, grid, method=name))
+
+
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_adaptive_solvers_keep_their_tolerance(name):
     x0 = images(5)
@@ -109,17 +119,22 @@ def test_gradients_flow_through_every_solver(name):
     torch.testing.assert_close(got, torch.autograd.grad((growth * x0).sum(), (x0, a)), atol=1e-4, rtol=1e-4)
 
 
+def corrected(velocity, correct):
+    """A velocity with ``correct(t, x, v)`` in its place at every evaluation: what guidance needs of a solver."""
+    return lambda t, x: correct(t, x, velocity(t, x))
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_correction_changes_the_velocity_at_every_evaluation(name):
     x0, solver, seen = images(2), Solver(name, 2, 1e-5), []
-    x1, _ = solver.integrate(lambda t, x: torch.zeros_like(x), x0, lambda t, x, v: v + 2)
+    x1, _ = solver.integrate(corrected(lambda t, x: torch.zeros_like(x), lambda t, x, v: v + 2), x0)
     torch.testing.assert_close(x1, x0 + 2)
 
     def time_alone(t, x, v):
         seen.append(t)
         return v - x + t.reshape(-1, 1, 1, 1)
 
-    states, evaluations = solver.path(lambda t, x: x, x0, 5, time_alone)
+    states, evaluations = solver.path(corrected(lambda t, x: x, time_alone), x0, 5)
     assert len(seen) == evaluations
     integral = 1 / 4 if name == "euler" else 1 / 2  # of t from 0 to 1; euler takes t at 0 and 1/2
     torch.testing.assert_close(states[-1], x0 + integral)
@@ -128,7 +143,7 @@ def test_a_correction_changes_the_velocity_at_every_evaluation(name):
 def test_a_correction_by_hand():
     """Two euler steps of v = x, doubled at every evaluation: each adds half of 2x, so x0 becomes 4 x0."""
     x0 = images(2)
-    x1, _ = Solver("euler", 2).integrate(lambda t, x: x, x0, lambda t, x, v: 2 * v)
+    x1, _ = Solver("euler", 2).integrate(corrected(lambda t, x: x, lambda t, x, v: 2 * v), x0)
     assert torch.equal(x1, 4 * x0)
 
 

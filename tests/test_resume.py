@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 from fault_harness import EXPERIMENT, snapshot
 
 from funlora_lab import continual, preset
+from funlora_lab.diffusion import SAMPLERS, Sampler, Schedule
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.experiment import shown
+from funlora_lab.flow import SOLVERS, Solver
+from funlora_lab.seeds import stream
 from funlora_lab.store import Artefact, Run, Store, in_use, read_lines
 from funlora_lab.training import Plan, Runtime, Trainer, device
 
@@ -262,6 +266,28 @@ def test_steps_read_from_a_table_as_a_gpu_replays_them_give_the_same_bits(method
     continual.run(experiment, home=tmp_path / "replayed")
     assert max(rows) == 19
     assert numbers(tmp_path / "called") == numbers(tmp_path / "replayed")
+
+
+SCORES = (None, lambda x: x.square().mean((1, 2, 3)))
+DRAWN_BY = [Solver(name, 3, 1e-2) for name in SOLVERS]
+DRAWN_BY += [Sampler(Schedule("cosine"), name, 5, score=score) for name in SAMPLERS for score in SCORES]
+
+
+@pytest.mark.parametrize("solver", DRAWN_BY, ids=lambda solver: solver.name)
+def test_solver_steps_as_a_gpu_replays_them_give_the_same_bits(solver, monkeypatch):
+    """The same functions as on a GPU, where a graph of one is replayed: its inputs lie in memory that stays."""
+    recorded, chunks = [], torch.randn(2, 4, 1, 3, 3, generator=stream(0, "noise"))
+    monkeypatch.setattr(device, "Recorded", lambda function, device: recorded.append(function) or function)
+    replaying = replace(solver, repeated=device.replays(torch.device("cuda")))
+
+    def field(t, x):
+        return torch.tanh(2 * x) * torch.cos(t).reshape(-1, 1, 1, 1)
+
+    for x0 in chunks:
+        (expected, evaluations), (found, counted) = (each.integrate(field, x0) for each in (solver, replaying))
+        assert torch.equal(expected, found)
+        assert evaluations == counted
+    assert len(recorded) == 1, "one graph for all steps of all chunks"
 
 
 def test_what_a_gpu_runs_can_be_recorded_without_one(monkeypatch):

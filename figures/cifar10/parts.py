@@ -51,7 +51,7 @@ def stop_after(questions: int):
 
 def trained(device: torch.device, home: Path, stops: int = 0) -> dict[str, str]:
     """Fingerprints of the artefacts of a whole smoke run with dropout, stopped so many times on the way."""
-    experiment = preset("smoke").but(dropout=0.1, precision=EXPERIMENT.precision)
+    experiment = preset("smoke").but(dropout=0.1, precision=EXPERIMENT.precision, steps=8)  # enough to be recorded
     for _ in range(stops):
         with contextlib.suppress(Stopped):
             continual.run(experiment, runtime=Runtime(device, stop=stop_after(30)), home=home)

@@ -126,9 +126,8 @@ def _compare(found: Verification, now: Event, then: dict[str | None, Event], aga
     for cls, what, mine in _entries(now):
         if what != "samples":
             other = then[cls]["classes"][cls][what] if cls else then[cls]["backbone"]
-            pairs = zip(mine.get("pixels", ()), other.get("pixels", ()), strict=True)
-            apart = [x - y for x, y in pairs]
-            close = what == "images" and not exact and math.hypot(*apart) <= TOLERANCE * math.sqrt(len(apart))
+            pixels, others = (entry.get("pixels", ()) for entry in (mine, other))
+            close = what == "images" and not exact and math.dist(pixels, others) <= TOLERANCE * math.sqrt(len(pixels))
             same = close or mine["sha256"] == other["sha256"]
             found.add(now["task"], cls, what, against, same, _unlike(mine, other.get("layers", {})))
 

@@ -22,7 +22,7 @@ from funlora_lab.systems.baselines import SelfReplay
 from funlora_lab.systems.classifier import augment, build_classifier
 from funlora_lab.systems.generator import Batch, Context, Source, system
 from funlora_lab.systems.network import WholeNetwork
-from funlora_lab.training import Inputs, Plan, Trainer, autocast, prepared
+from funlora_lab.training import Inputs, Plan, Trainer, autocast, computing, prepared
 
 
 class Denoiser(WholeNetwork):
@@ -155,7 +155,7 @@ class DiffusionReplay(Denoiser, SelfReplay):
             generator = stream(e.seed, "replay", task, step)
             y = torch.randint(known, (count,), generator=generator).to(runtime.device)
             x0 = torch.randn(count, e.channels, e.image_size, e.image_size, generator=generator).to(runtime.device)
-            with autocast(e.precision, runtime.device):
+            with computing(runtime.device), autocast(e.precision, runtime.device):
                 return sampler.integrate(lambda t, x: net(t, x, y), x0)[0], y
 
         identity = {"generator": self.key, "guidance": self.guidance} | sampler.identity

@@ -11,6 +11,7 @@ Letters: B images, C channels, H x W pixels, K classes (outputs of the head, als
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -27,7 +28,7 @@ from funlora_lab.systems.denoiser import Denoiser
 from funlora_lab.systems.generator import Batch, Source, system
 from funlora_lab.systems.network import build_unet
 from funlora_lab.systems.sampling import stored_chunk
-from funlora_lab.training import autocast, prepared
+from funlora_lab.training import autocast, computing, prepared, replays
 
 
 class Joint(nn.Module):
@@ -154,8 +155,8 @@ class Jdcl(Denoiser, SelfReplay):
         All share one pool of images drawn without a class. It grows until the head takes enough of them for every
         class, at most to twice as many as are asked for.
         """
-        context, e, sampler = self.context, self.context.experiment, self.sampler
-        device, places = context.runtime.device, [seen.index(cls) for cls in classes]
+        context, e, device = self.context, self.context.experiment, self.context.runtime.device
+        sampler, places = replace(self.sampler, repeated=replays(device)), [seen.index(cls) for cls in classes]
         given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | sampler.identity
         artefact = context.store.artefact("pool", weights=key, classes=places, **given)
 
@@ -165,7 +166,7 @@ class Jdcl(Denoiser, SelfReplay):
 
             def make() -> tuple[dict[str, Tensor], dict]:
                 x0 = torch.randn(e.chunk, e.channels, e.image_size, e.image_size, generator=stream(e.seed, "pool", n))
-                with autocast(e.precision, device), torch.no_grad():
+                with computing(device), autocast(e.precision, device), torch.no_grad():
                     images = to_bytes(sampler.integrate(net, x0.to(device))[0])
                     shares = net.logits(to_floats(images)).float().softmax(1)[:, places]
                 return {"images": images.cpu(), "shares": shares.cpu()}, {}

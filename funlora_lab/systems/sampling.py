@@ -6,6 +6,7 @@ are asked for, on other classes or on the task after which it is drawn.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -17,7 +18,7 @@ from funlora_lab.experiment import Experiment
 from funlora_lab.flow import Solver, Velocity, noise
 from funlora_lab.store import Artefact
 from funlora_lab.systems.generator import Context, Generator, Source
-from funlora_lab.training import autocast, computing, replayed
+from funlora_lab.training import autocast, computing, replays
 
 
 def solver_of(experiment: Experiment) -> Solver:
@@ -27,17 +28,16 @@ def solver_of(experiment: Experiment) -> Solver:
 def sample_artefact(context: Context, source: Source, cls: int) -> Artefact:
     """The artefact of one class's samples: it does not depend on how many are asked for."""
     e = context.experiment
-    solver = source.solver or solver_of(e)
-    given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | solver.identity
+    given = {"seed": e.seed, "chunk": e.chunk, "precision": e.precision} | (source.solver or solver_of(e)).identity
     return context.store.artefact("samples", weights=source.key, cls=cls, **given)
 
 
 @torch.no_grad()
-def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device, solver=None) -> tuple[Tensor, int]:
+def draw_chunk(velocity: Velocity, e: Experiment, cls: int, chunk: int, device, solver) -> tuple[Tensor, int]:
     """(images in [-1, 1], evaluations of the network) of one whole chunk (chunk, C, H, W)."""
     x0 = noise(e.seed, cls, chunk, (e.chunk, e.channels, e.image_size, e.image_size))
     with computing(device), autocast(e.precision, device):
-        return (solver or solver_of(e)).integrate(velocity, x0.to(device))
+        return solver.integrate(velocity, x0.to(device))
 
 
 def stored_chunk(context: Context, artefact: Artefact, chunk: int, make: Callable) -> tuple[dict, dict, bool]:
@@ -73,14 +73,13 @@ def draw(context: Context, source: Source, cls: int, count: int) -> tuple[Tensor
     """The first ``count`` images of a class: (uint8 (count, C, H, W), seconds that their chunks took when drawn)."""
     e, runtime = context.experiment, context.runtime
     artefact, images, seconds = sample_artefact(context, source, cls), [], 0.0
-    velocity = cache(lambda: replayed(source.velocity(), runtime.device))
+    velocity, device = cache(source.velocity), runtime.device
+    solver = replace(source.solver or solver_of(e), repeated=replays(device))
+    drawn_by = source.chunk or (lambda chunk: draw_chunk(velocity(), e, cls, chunk, device, solver))
 
     def make(chunk: int) -> tuple[dict[str, Tensor], dict]:
         begun = time.monotonic()
-        if source.chunk:
-            drawn, evaluations = source.chunk(chunk)
-        else:
-            drawn, evaluations = draw_chunk(velocity(), e, cls, chunk, runtime.device, source.solver)
+        drawn, evaluations = drawn_by(chunk)
         return {"images": to_bytes(drawn).cpu()}, {"evaluations": evaluations, "seconds": time.monotonic() - begun}
 
     for chunk in range(-(-count // e.chunk)):

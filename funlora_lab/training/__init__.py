@@ -7,10 +7,9 @@ from funlora_lab.training.device import (
     computing,
     convolutions_in,
     dropout_from,
-    has_bf16,
     pick_device,
     prepared,
-    replayed,
+    replays,
     rounded,
 )
 from funlora_lab.training.processes import Team, launched, own_device, team_of

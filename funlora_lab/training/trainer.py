@@ -20,8 +20,6 @@ from funlora_lab.training.device import Inputs, Steps, move, update
 from funlora_lab.training.runtime import Runtime, ignore
 
 MEMORY = {"adapter": "lanes or adapter_batch"} | dict.fromkeys(("classifier", "own classifier"), "classifier_batch")
-# a step's learning rate, the average's step towards the weights, where its losses are noted
-KINDS = {"rate": torch.float64, "share": torch.float64, "slot": torch.int64}
 LOOKS = 6  # about so many times a training that is watched is looked at
 KEPT = "the state saved before it is kept, a lower learning rate may help."
 
@@ -155,10 +153,10 @@ class Trainer:
 
     def _inputs_at(self, step: int) -> Inputs:
         plan, n = self.plan, step - self.plan.ema_start
-        # a decay of (1 + n) / (10 + n) at first, else a short run averages its start
+        # the average's step to the weights: a decay of (1 + n) / (10 + n) at first, else a short run averages its start
         share = 1 - min(plan.ema, (1 + n) / (10 + n)) if n >= 0 else 0.0
-        numbers = {"rate": plan.rate_at(step), "share": share, "slot": [step % plan.log_every]}
-        return self.inputs_at(step) | {name: torch.tensor(value, dtype=KINDS[name]) for name, value in numbers.items()}
+        rate, share = torch.tensor([plan.rate_at(step), share], dtype=torch.float64)
+        return self.inputs_at(step) | {"rate": rate, "share": share, "slot": torch.tensor([step % plan.log_every])}
 
     def advance(self, inputs: Inputs) -> None:
         """The part of a step that depends on its inputs alone: on a GPU one graph."""

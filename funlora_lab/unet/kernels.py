@@ -100,9 +100,8 @@ def _groups(X, PARTS, WEIGHT, FIRST, SECOND, EPS, C: tl.constexpr, G: tl.constex
 def _apply(X, Y, MEAN, RSTD, WEIGHT, BIAS, SILU: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, G: tl.constexpr,
            HW: tl.constexpr, SPAN: tl.constexpr, P: tl.constexpr):  # fmt: skip
     b, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
-    mean = _per_channel(MEAN, b, C, CP, G)
+    mean, bias = _per_channel(MEAN, b, C, CP, G), tl.load(BIAS + c, c < C, other=0.0)
     scale = _per_channel(RSTD, b, C, CP, G) * tl.load(WEIGHT + c, c < C, other=0.0)
-    bias = tl.load(BIAS + c, c < C, other=0.0)
     for p in range(0, SPAN, P):
         at, there = _tile(p, C, CP, HW, SPAN, P)
         x = tl.load(X + b * HW * C + at, there, other=0.0).to(tl.float32)
@@ -136,9 +135,8 @@ class _GroupNorm(torch.autograd.Function):
         pixels = {"C": C, "CP": CP, "G": groups, "HW": HW, "SPAN": -(-HW // (slices * P)) * P, "P": P}
         whole = {"C": C, "G": groups, "HW": HW, "SLICES": slices}
         whole |= {"GP": triton.next_power_of_2(groups), "DP": triton.next_power_of_2(C // groups)}
-        parts = torch.empty(B, slices, 2, C, device=x.device)
+        y, parts = torch.empty_like(x), torch.empty(B, slices, 2, C, device=x.device)
         mean, rstd = torch.empty(2, B, groups, device=x.device)
-        y = torch.empty_like(x)
         _sums[(B, slices)](x, *[None] * 5, parts, SILU=silu, **pixels, num_warps=WARPS)
         _groups[(B,)](x, parts, None, mean, rstd, eps, **whole)
         _apply[(B, slices)](x, y, mean, rstd, weight, bias, SILU=silu, **pixels, num_warps=WARPS)
@@ -223,13 +221,10 @@ def _cosines_back(W0, G, A, B, POND, FREQ, DA, DB, DPOND, DFREQ, O, I, T: tl.con
 
 class _CosineWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, W0: Tensor, A: Tensor, B: Tensor, ponderation: Tensor, frequency: Tensor, dtype: torch.dtype):
-        W0, A, B, ponderation, frequency = given = (
-            W0.contiguous(memory_format=torch.channels_last),
-            *(each.contiguous() for each in (A, B, ponderation, frequency)),
-        )
-        (K, O), I, N = A.shape, B.shape[1], 32
-        how = {"O": O, "I": I, "T": W0.shape[2] * W0.shape[3], "p": ponderation.shape[1], "N": N}
+    def forward(ctx, dtype: torch.dtype, W0: Tensor, *numbers: Tensor):
+        given = W0.contiguous(memory_format=torch.channels_last), *(each.contiguous() for each in numbers)
+        (K, O), (I, p), N = numbers[0].shape, (each.shape[1] for each in numbers[1:3]), 32
+        how = {"O": O, "I": I, "T": W0.shape[2] * W0.shape[3], "p": p, "N": N}
         weights = torch.empty(K, O, *W0.shape[2:], I, dtype=dtype, device=W0.device).permute(0, 1, 4, 2, 3)
         _cosines[(-(-I // N), -(-O // N), K)](*given, weights, **how)
         ctx.save_for_backward(*given)
@@ -243,10 +238,10 @@ class _CosineWeights(torch.autograd.Function):
         K, O, I, p, N = len(A), *(ctx.how[name] for name in "OIpN")
         rows, columns = -(-O // N), -(-I // N)
         upstream = upstream.permute(0, 1, 3, 4, 2).contiguous()
-        empty = [(K, columns, O), (K, rows, I), (K, rows * columns, p), (K, rows * columns, p)]
-        grads = [torch.empty(shape, device=A.device) for shape in empty]
+        sizes = (columns, O), (rows, I), (rows * columns, p), (rows * columns, p)
+        grads = [torch.empty(K, *size, device=A.device) for size in sizes]
         _cosines_back[(columns, rows, K)](W0, upstream, A, B, ponderation, frequency, *grads, **ctx.how)
-        return None, *(grad.sum(1) for grad in grads), None
+        return None, None, *(grad.sum(1) for grad in grads)
 
 
 def cosine_weights(W0: Tensor, A: Tensor, B: Tensor, ponderation: Tensor, frequency: Tensor, dtype) -> Tensor:
@@ -255,4 +250,4 @@ def cosine_weights(W0: Tensor, A: Tensor, B: Tensor, ponderation: Tensor, freque
     W0 (O, I, k, k) without gradient; A (K, O), B (K, I), ponderation and frequency (K, p), fp32 -> (K, O, I, k, k).
     """
     with torch.cuda.device_of(W0):
-        return _CosineWeights.apply(W0, A, B, ponderation, frequency, dtype)
+        return _CosineWeights.apply(dtype, W0, A, B, ponderation, frequency)

@@ -7,7 +7,7 @@ Letters: B images, C channels, H x W pixels, K classes side by side, I input and
 
 import math
 import os
-from functools import cache
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -17,18 +17,15 @@ from torch import Tensor, nn
 LARGE = 4096  # pixels of a class from which one convolution keeps a GPU busy; below, one product of all classes does
 
 
-@cache
-def _kernels() -> ModuleType | None:
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels of our own, for a tensor on a GPU; None elsewhere and where FUNLORA_WITHOUT names them."""
+    if not x.is_cuda or "kernels" in os.environ.get("FUNLORA_WITHOUT", "").split(","):
+        return None
     try:
         from funlora_lab.unet import kernels
     except ImportError:  # Triton comes with PyTorch for CUDA
         return None
     return kernels
-
-
-def gpu_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels of our own, for a tensor on a GPU; None elsewhere and where FUNLORA_WITHOUT names them."""
-    return _kernels() if x.is_cuda and "kernels" not in os.environ.get("FUNLORA_WITHOUT", "").split(",") else None
 
 
 def grouped(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
@@ -129,10 +126,9 @@ class Projection(nn.Conv1d):
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` of gcd(groups, channels) groups that keeps bf16 activations in bf16; its statistics are fp32."""
 
-    silu = False  # whether SiLU follows
-
-    def __init__(self, groups: int, channels: int):
+    def __init__(self, groups: int, channels: int, silu: bool = False):
         super().__init__(math.gcd(groups, channels), channels)
+        self.silu = silu  # whether SiLU follows, on a GPU in the same pass
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels := gpu_kernels(x):
@@ -142,7 +138,4 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(y) if self.silu else y
 
 
-class NormSiLU(GroupNorm):
-    """GroupNorm and SiLU, on a GPU in one pass each way."""
-
-    silu = True
+NormSiLU = partial(GroupNorm, silu=True)
