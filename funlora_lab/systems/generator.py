@@ -73,7 +73,7 @@ class Context:
     def tensors(self, artefact: Artefact, make: Callable[[], None]) -> dict[str, Tensor]:
         """Those of an artefact that this run uses, made ``ready`` first; its seconds count."""
         self.ready(artefact, make)
-        tensors, facts = artefact.result()
+        tensors, facts = self.runtime.team.agree(artefact.result())
         self.seconds[artefact.key] = facts["seconds"]
         return tensors
 
