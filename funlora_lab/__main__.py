@@ -39,6 +39,8 @@ def main(words: list[str] | None = None) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with memory_for("image_size, base_channels or the number of images at once"):
+            if getattr(arguments, "base_workers", None) and not os.environ.get("FUNLORA_RAY"):
+                raise LabError("--base-workers: accepted with --ray; without it, torchrun starts several processes.")
             commands.execute(*getattr(arguments, "files", []))
             status = arguments.act(arguments) or 0
             sys.stdout.flush()

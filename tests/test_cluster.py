@@ -350,6 +350,11 @@ def test_a_bad_address_is_refused_at_once(address, message, tmp_path, monkeypatc
     assert not list((tmp_path / "home").glob("*/config.json"))
 
 
+def test_workers_for_a_base_are_a_clusters(capsys):
+    assert main(["run", "smoke", "--base-workers", "2"]) == 2
+    assert "--base-workers: accepted with --ray; without it, torchrun" in capsys.readouterr().err
+
+
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["sweep", "smoke", "--tables", "ratios", "--seeds", "1", "--ray"]) == 2
