@@ -20,6 +20,7 @@ SHARED = {  # arguments of several subcommands
     "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N (default: %(default)s)"},
     "--class": {"required": True, "metavar": "CLASS", "dest": "cls", "help": "its name or index"},
     "--ray": {"nargs": "?", "const": "local", "metavar": "HOST:PORT", "help": "on a Ray cluster; alone: a local Ray"},
+    "--base-workers": {"metavar": "N", "help": "with --ray: N workers of Ray Train, a GPU each, train a base"},
     "--json": {"action": "store_true", "help": "print the result as JSON"},
     "--with": {"action": "append", "default": [], "metavar": "FILE.py", "dest": "files", "help": "execute it first"},
 }
@@ -32,11 +33,14 @@ def main(words: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot spell is escaped
     arguments = _parser().parse_args(words)
     arguments.words = sys.argv[1:] if words is None else words
-    if address := getattr(arguments, "ray", None):
-        os.environ["FUNLORA_RAY"] = address
+    for option in ("ray", "base_workers"):
+        if word := getattr(arguments, option, None):
+            os.environ[f"FUNLORA_{option.upper()}"] = word
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with memory_for("image_size, base_channels or the number of images at once"):
+            if getattr(arguments, "base_workers", None) and not os.environ.get("FUNLORA_RAY"):
+                raise LabError("--base-workers: accepted with --ray; without it, torchrun starts several processes.")
             commands.execute(*getattr(arguments, "files", []))
             status = arguments.act(arguments) or 0
             sys.stdout.flush()
@@ -74,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     minutes, count = _above_zero(float), _above_zero(int)
-    settings = "preset --set --method --seed --device --json --with"
-    run = add("run", commands.run, f"{settings} --ray", "run an experiment, or resume it, or show its stored result")
+    settings, ray = "preset --set --method --seed --device --json --with", "--ray --base-workers"
+    run = add("run", commands.run, f"{settings} {ray}", "run an experiment, or resume it, or show its stored result")
     run.add_argument("--minutes", type=minutes, help="stop after so many minutes, saved; the same command goes on")
     run.add_argument(
         "--watch", action="store_true", help="keep what is drawn in training in the run's folder training/"
@@ -99,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     bring = add("import", commands.bring, "run --with", "bring the class of a file into a run over the same base")
     bring.add_argument("file", metavar="FILE")
     add("remove", commands.remove, "run --class --with", "take a class out of a run; its training stays in the store")
-    sweep = add("sweep", commands.sweep, "preset --set --device --with --ray", "run what a preset's tables lack")
+    sweep = add("sweep", commands.sweep, f"preset --set --device --with {ray}", "run what a preset's tables lack")
     every = "windows,functions,functions_everywhere,operations,ratios,methods,systems"
     sweep.add_argument("--tables", default=every, help="joined by commas")
     sweep.add_argument("--row", action="append", default=[], dest="rows", help="only this row of them (repeatable)")
     sweep.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N-1 (default 3)")
     sweep.add_argument("--plan", action="store_true", help="only show what is done, what remains and how long it takes")
     sweep.add_argument("--gpus", type=count, metavar="N", help="with --plan: on 1, 8 and N GPUs at the paper's pace")
-    notebooks = add("notebooks", commands.notebooks, "preset --set --ray", "execute the notebooks for a preset")
+    notebooks = add("notebooks", commands.notebooks, f"preset --set {ray}", "execute the notebooks for a preset")
     notebooks.add_argument("--only", metavar="TEXT", help="only notebooks whose name contains TEXT")
     lab = add("lab", commands.lab, "", "JupyterLab on the notebooks, for this machine only and with a token")
     lab.add_argument("--port", type=int, default=8888, help="8888, or the next free one")

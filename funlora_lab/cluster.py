@@ -1,9 +1,9 @@
 """A run's stages as tasks of Ray, on one machine or on many: ``funlora sweep imagenet100 --ray HOST:6379``.
 
 The driver, the process that asks, goes through the stages of every run read-only; an artefact that is missing becomes a
-task, which calls the same function as a single machine, in a folder of its node. What it needs of the driver's home and
-what it made travel as whole files. So no two tasks make one artefact, a node that dies costs its tasks alone, and a new
-driver finds all that was finished. A base is trained on one GPU, or first by torchrun on several of one machine.
+task, which calls the same function as a single machine, in a folder of its node, a base perhaps in several processes of
+Ray Train. What it needs of the driver's home and what it made travel as whole files. So no two tasks make one artefact,
+a node that dies costs its tasks alone, and a new driver finds all that was finished.
 """
 
 import os
@@ -13,7 +13,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from funlora_lab.continual.stages import Stage, cost, make, plan
 from funlora_lab.data import Dataset, load
 from funlora_lab.errors import LabError, Missing
 from funlora_lab.experiment import Experiment
-from funlora_lab.training import Event, Report, Runtime, ignore, pick_device
+from funlora_lab.training import BACKENDS, PATIENCE, Event, Report, Runtime, Team, ignore, own_device, pick_device
 
 TRIES = 3  # of a task whose node or process dies, or that ends in another error than a sentence
 Files = dict[str, bytes]  # by their place in a home
@@ -81,37 +82,70 @@ def work(desk, name: str, stage: Stage, experiment: Experiment, dataset: Dataset
     """A task: make a stage -> its new files; a LabError comes back as a sentence with the node, other errors raise."""
     import ray
 
+    team = Team.joined()
     node = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-    ray.get(desk.hear.remote(name, node, 0.0))
+    ray.get(desk.hear.remote(name + f" {team.rank}" * (team.rank > 0), node, 0.0))
 
     def report(event: Event) -> None:
-        if event["event"] == "loss" and "replayed" not in event:
+        if event["event"] == "loss" and "replayed" not in event and not team.rank:
             desk.hear.remote(name, node, event["step"] / event["steps"])
 
     folder = Path(tempfile.gettempdir(), f"funlora-{os.getuid()}", store.key_of({name: how["home"]}))
-    files = NodeStore(folder, lambda name: ray.get(desk.give.remote(name)))
+    files = team.store(folder) if team.rank else NodeStore(folder, lambda name: ray.get(desk.give.remote(name)))
     try:
         torch.set_num_threads(how["threads"])
         how["register"]()
-        runtime = Runtime(pick_device(how["device"]), report=report, dataset=dataset, store=files)
-        make(stage, experiment, runtime, folder)
+        device = own_device(pick_device(how["device"]))
+        make(stage, experiment, Runtime(device, report=report, team=team, dataset=dataset, store=files), folder)
     except LabError as reason:
+        if team.size > 1:  # the others must not wait for this process
+            raise LabError(f"on {node}: {reason}") from None
         return f"on {node}: {reason}"
+    if team.rank:
+        return {}
     new = files.new()
     shutil.rmtree(folder, ignore_errors=True)
     return new
+
+
+def work_together(desk, name: str, stage: Stage, experiment: Experiment, images: list, how: dict) -> Files | str:
+    """``work`` in several processes of Ray Train, on any nodes, each with a GPU or cores of its own.
+
+    The first one returns the files: the storage of Ray Train, which all nodes would have to share, is not used.
+    """
+    import ray.train.torch
+
+    with tempfile.TemporaryDirectory() as storage:
+        trainer = ray.train.torch.TorchTrainer(
+            lambda: work(desk, name, stage, experiment, ray.get(images[0]), how),
+            torch_config=ray.train.torch.TorchConfig(how["backend"], timeout_s=int(PATIENCE.total_seconds())),
+            scaling_config=ray.train.ScalingConfig(**how["scaling"]),
+            run_config=ray.train.RunConfig(storage_path=storage),
+        )
+        try:
+            return trainer.fit().return_value
+        except ray.train.WorkerGroupError as reason:  # one that lost the others ends in a RuntimeError
+            rank, cause = min(reason.worker_failures.items(), key=lambda failed: isinstance(failed[1], RuntimeError))
+            if isinstance(cause, LabError):
+                return str(cause)
+            if node := ray.get(desk.heard.remote()).get(f"{name} {rank}"):
+                ray.get(desk.hear.remote(name, *node))
+            raise cause from None
 
 
 class Ordered:
     """A run as the driver sees it: its stages that are not made yet, each with those that it waits for."""
 
     def __init__(self, experiment: Experiment, home: Path, runtime: Runtime, images):
-        record = store.Run.of(experiment, home)
-        record.check()
-        self.experiment, self.runtime, self.images, self.name = experiment, runtime, images, record.folder.name
+        self.record, self.experiment, self.runtime = store.Run.of(experiment, home), experiment, runtime
+        self.record.check()
+        self.images, self.name, self.held = images, self.record.folder.name, ExitStack()
         given = continual.prepare(experiment, runtime, home, read_only=True)
         self.waiting = plan(*given)
         self.costs = {stage: cost(stage, *given) for stage in self.waiting}
+        self.total, self.noted = 1.0, -1.0  # what is missing costs at the beginning, the share that its log holds
+
+    left = property(lambda self: sum(self.costs[stage] for stage in self.waiting))
 
 
 class Driver:
@@ -119,10 +153,17 @@ class Driver:
 
     def __init__(self, ray, experiments: list[Experiment], device: str, home: Path, runtime: Runtime, register=bool):
         self.ray, self.home, self.runtime, self.begun = ray, home, runtime, time.monotonic()
-        gpus, threads = int(device != "cpu" and "GPU" in ray.cluster_resources()), os.environ.get("OMP_NUM_THREADS")
-        self.how = {"home": str(home), "register": register, "threads": int(threads or 1), "device": device}
+        there, word = ray.cluster_resources(), os.environ.get("FUNLORA_BASE_WORKERS") or "1"
+        gpus, threads = int(device != "cpu" and "GPU" in there), int(os.environ.get("OMP_NUM_THREADS") or 1)
+        most = max(1, int(there["GPU"] if gpus else there.get("CPU", 0) // threads))
+        if not word.isdecimal() or not 1 <= int(word) <= most:
+            raise LabError(f"base-workers={word}: accepted by this cluster is a whole number from 1 to {most}.")
+        self.how = {"home": str(home), "register": register, "threads": threads, "device": device}
+        each = {"use_gpu": gpus > 0, "resources_per_worker": {"CPU": threads, "GPU": gpus}}
+        self.how |= {"backend": BACKENDS["cuda" if gpus else "cpu"], "scaling": {"num_workers": int(word), **each}}
         again = {"max_retries": TRIES - 1, "retry_exceptions": True}
-        self.work = ray.remote(num_gpus=gpus, num_cpus=self.how["threads"], **again)(work)
+        self.work = ray.remote(num_gpus=gpus, num_cpus=threads, **again)(work)
+        self.together = int(word) > 1 and ray.remote(num_cpus=0, **again)(work_together)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         self.desk = ray.remote(num_cpus=0, label_selector=here)(Desk).remote(home)
         self.tasks: dict = {}  # reference -> what a task makes, as the sentence that says that it is missing
@@ -133,9 +174,6 @@ class Driver:
             if (key := (dataset.fingerprint, dataset.unlabelled_fingerprint)) not in images:
                 images[key] = Runtime(dataset=dataset), ray.put(dataset)
             self.runs.append(Ordered(e, home, *images[key]))
-        for run in self.runs:
-            self.ask(run, [stage for stage, before in run.waiting.items() if not before])
-        self.total = self.left() or 1.0
 
     def ask(self, run: Ordered, stages: list[Stage]) -> None:
         """Have tasks make what stages lack first; where nothing is lacking, go on with what waited for that stage."""
@@ -146,8 +184,9 @@ class Driver:
                 if (lack := str(reason)) in self.ended:
                     raise LabError(f"A task for the {stage} of {run.name} ended, and yet: {lack}") from None
                 if lack not in self.asking:
-                    given = (self.desk, lack, stage, run.experiment, run.images, self.how)
-                    self.tasks[self.work.remote(*given)] = lack
+                    base = stage.kind == "network" and not stage.task
+                    task, images = (self.together, [run.images]) if base and self.together else (self.work, run.images)
+                    self.tasks[task.remote(self.desk, lack, stage, run.experiment, images, self.how)] = lack
                 self.asking.setdefault(lack, []).append((run, stage))
                 continue
             del run.waiting[stage]
@@ -165,35 +204,44 @@ class Driver:
             try:
                 new = self.ray.get(reference)
             except self.ray.exceptions.RayError as reason:
-                cause, node = getattr(reason, "cause", None) or reason, self.heard().get(lack, ["no node"])[0]
+                node = self.ray.get(self.desk.heard.remote()).get(lack, ["no node"])[0]
+                cause = getattr(reason, "cause", None) or reason
                 new = f"in {TRIES} tries, last on {node}: {type(cause).__name__}: {first_line(cause)}"
             if isinstance(new, str):
                 self.failures += [f"The {stage} of {run.name} failed {new}" for run, stage in waiting]
                 for run, _ in waiting:
                     run.waiting.clear()
+                    run.held.close()
             else:
                 keep(self.home, new)
                 for run, stage in waiting:
                     self.ask(run, [stage])
 
-    def heard(self) -> dict[str, tuple[str, float]]:
-        return self.ray.get(self.desk.heard.remote())
-
-    def left(self) -> float:
-        """What all stages cost that are not made yet."""
-        return sum(run.costs[stage] for run in self.runs for stage in run.waiting)
-
     def event(self) -> Event:
-        heard, left = self.heard(), self.left()
+        """How far all runs are; the log of each holds how far it is itself, whenever that is a thousandth more."""
+        heard, seconds = self.ray.get(self.desk.heard.remote()), time.monotonic() - self.begun
+        left = {run: run.left for run in self.runs}
         for lack, waiting in self.asking.items():
-            left -= heard.get(lack, ["", 0.0])[1] * sum(run.costs[stage] for run, stage in waiting if run.waiting)
-        running = sum(lack in heard for lack in self.asking)
-        share, seconds = 1 - left / self.total, time.monotonic() - self.begun
-        return {"event": "cluster", "share": share, "seconds": seconds, "done": len(self.ended), "running": running}
+            for run, stage in waiting:
+                left[run] -= heard.get(lack, ["", 0.0])[1] * run.costs[stage] * (stage in run.waiting)
+        for run in self.runs:
+            if run.waiting and (share := 1 - left[run] / run.total) >= run.noted + 0.001:
+                run.noted = share
+                run.record.log({"event": "cluster", "share": share, "seconds": seconds})
+        share = 1 - sum(left.values()) / sum(run.total for run in self.runs)
+        busy = sum(lack in heard for lack in self.asking)
+        return {"event": "cluster", "share": share, "seconds": seconds, "done": len(self.ended), "running": busy}
 
     def drive(self) -> None:
         """Go on until every run is finished or given up; raises LabError for one that was, and Stopped when asked."""
         try:
+            begun = {"device": "a Ray cluster", "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            for run in sorted(self.runs, key=lambda run: run.name):  # of two drivers one waits, neither for ever
+                run.held.enter_context(store.locked(run.record.folder, self.runtime.check, self.runtime.tell))
+                if not run.record.results():
+                    run.record.open(begun)
+                self.ask(run, [stage for stage, before in run.waiting.items() if not before])
+                run.total = run.left or 1.0
             while any(run.waiting for run in self.runs):
                 self.collect()
                 self.runtime.report(self.event())
@@ -203,6 +251,8 @@ class Driver:
         finally:
             for reference in self.tasks:  # of runs that were given up, or when asked to stop
                 self.ray.cancel(reference)
+            for run in self.runs:
+                run.held.close()
         if self.failures:
             raise LabError("\n".join(self.failures))
 

@@ -105,33 +105,22 @@ def _made(record, arguments, progress: Progress, stop: Stop) -> dict | None:
     from funlora_lab import cluster, continual, training
     from funlora_lab.studies import keep
 
-    device = training.own_device(training.pick_device(arguments.device))
+    device, first = training.own_device(training.pick_device(arguments.device)), os.environ.get("RANK", "0") == "0"
     watch = keep.looks(record.folder) if arguments.watch else None
     runtime = training.Runtime(device, stop, report=progress, tell=tell, watch=watch)
-    if not _base_together(record, runtime, arguments.repair):
-        return None
+    for finding in record.repair() if arguments.repair and first else []:
+        tell(f"Deleted: {str(finding).partition(';')[0]}.")
+    if training.launched():  # all train the base; then, or to say why they stop, the first one goes on alone
+        with contextlib.nullcontext() if first else contextlib.suppress(Stopped), training.team_of(device) as team:
+            report = progress if first else training.ignore
+            continual.learn_base(record.experiment, dataclasses.replace(runtime, team=team, report=report))
+        if not first:
+            return None
     cluster.do([record.experiment], arguments.device, None, runtime, partial(execute, *arguments.files))
     result = continual.run(record.experiment, runtime=runtime)
     if not record.pictures:
         keep.save_pictures(continual.OpenRun(record, runtime))
     return result
-
-
-def _base_together(record, runtime, repair: bool) -> bool:
-    """Repair, and train the base in all processes that torchrun started; true for the one that then goes on alone."""
-    from funlora_lab import continual, training
-
-    with training.team_of(runtime.device) if training.launched() else contextlib.nullcontext(runtime.team) as team:
-        first = team.rank == 0
-        if repair and first:
-            for finding in record.repair():
-                tell(f"Deleted: {str(finding).partition(';')[0]}.")
-        team.wait()
-        if team.size > 1:
-            report = runtime.report if first else training.ignore
-            with contextlib.nullcontext() if first else contextlib.suppress(Stopped):  # one of them says it
-                continual.learn_base(record.experiment, dataclasses.replace(runtime, team=team, report=report))
-        return first
 
 
 def aligned(rows: dict[str, str]) -> str:

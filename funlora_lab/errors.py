@@ -25,8 +25,11 @@ class Damaged(LabError):
     """A file of the store cannot be trusted, so it is never loaded; ``path`` names it, ``finding`` says why."""
 
     def __init__(self, path, finding: str):
-        super().__init__(f"{finding}; delete it, or run again with --repair, to make it again.")
+        super().__init__(path, finding)
         self.path, self.finding = path, finding
+
+    def __str__(self) -> str:
+        return f"{self.finding}; delete it, or run again with --repair, to make it again."
 
 
 @contextmanager

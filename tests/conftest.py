@@ -16,6 +16,7 @@ def _own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNLORA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FUNLORA_FIGURES", str(tmp_path / "figures"))
     monkeypatch.setenv("FUNLORA_RAY", "")
+    monkeypatch.setenv("FUNLORA_BASE_WORKERS", "")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -19,10 +20,11 @@ from funlora_lab import LabError, cluster, commands, continual, open_run, preset
 from funlora_lab.__main__ import main
 from funlora_lab.continual import stages
 from funlora_lab.data import load
-from funlora_lab.errors import Missing
-from funlora_lab.store import Run, read_lines, read_tensors
+from funlora_lab.errors import Missing, Stopped
+from funlora_lab.store import Run, listing, read_lines, read_tensors
 from funlora_lab.studies import sweeps, tables
 from funlora_lab.training import Runtime
+from funlora_lab.workbench import runs
 
 SMOKE = preset("smoke")
 TINY = SMOKE.but(
@@ -113,6 +115,91 @@ def test_what_a_dead_try_left_in_its_folder_is_gone_on_with_until_it_is_finished
     assert store.new() == {}
 
 
+class AtOnce(types.SimpleNamespace):
+    """What is used of Ray, done at once in this process; a reference is a function that gives the value."""
+
+    exceptions = types.SimpleNamespace(RayError=OSError)
+    util = types.SimpleNamespace(get_node_ip_address=lambda: "192.0.2.1")
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def get_runtime_context(self):
+        return types.SimpleNamespace(get_node_id=lambda: "here")
+
+    def put(self, value):
+        return lambda: value
+
+    def get(self, reference):
+        return reference()
+
+    def wait(self, references, timeout):
+        return references[:1], references[1:]
+
+    def cancel(self, reference):
+        pass
+
+    def remote(self, **resources):
+        return self.task
+
+    def task(self, function):
+        def call(*given):
+            result = function(*[self.get(one) if type(one) is types.FunctionType else one for one in given])
+            return lambda: result
+
+        def actor(*given):
+            made = function(*given)
+            return AtOnce(**{name: self.task(getattr(made, name)) for name in ("give", "hear", "heard")})
+
+        return AtOnce(remote=actor if isinstance(function, type) else call)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", AtOnce())
+    return sys.modules["ray"]
+
+
+def test_a_run_that_a_cluster_makes_counts_as_running_and_its_log_says_how_far_it_is(at_once, tmp_path, numbers):
+    seen, stop = [], [False]
+
+    def report(event):
+        with ThreadPoolExecutor(1) as other:  # a thread that holds nothing
+            (line,) = other.submit(listing, tmp_path).result()
+        seen.append((line["state"], *runs.progress(Run.at(line["folder"]))))
+        if stop[0]:
+            raise Stopped("Enough.")
+
+    def drive():
+        cluster.Driver(at_once, [TINY], "cpu", tmp_path, Runtime(report=report)).drive()
+
+    stop[0] = True
+    with pytest.raises(Stopped):
+        drive()
+    assert seen[0][0] == "running"
+    assert listing(tmp_path)[0]["state"] == "unfinished", "nobody works on it"
+    stop[0] = False
+    drive()
+    states, shares, sentences = zip(*seen[1:], strict=True)
+    assert set(states[:-1]) == {"running"}
+    assert list(shares) == sorted(shares)
+    assert 0 < shares[0] < shares[-1] == 1
+    assert all("A Ray cluster is at work on it." in sentence for sentence in sentences[:-1])
+    assert any(re.search(r"About \d+ s remain\.", sentence) for sentence in sentences)
+    assert states[-1] == "finished"
+    assert {event["event"] for event in Run.of(TINY, tmp_path).events()} >= {"run", "loss", "accuracy", "result"}
+    continual.run(TINY, home=tmp_path / "one")
+    equal(TINY, tmp_path, tmp_path / "one", numbers)
+
+
+@pytest.mark.parametrize("word", ["3", "0", "two"])
+def test_a_base_is_not_given_more_workers_than_the_cluster_has(at_once, tmp_path, monkeypatch, word):
+    monkeypatch.setenv("FUNLORA_BASE_WORKERS", word)
+    with pytest.raises(LabError, match=f"base-workers={word}: accepted by this cluster is a whole number from 1 to 2"):
+        cluster.Driver(at_once, [TINY], "cpu", tmp_path, Runtime())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes of one CPU each."""
@@ -193,9 +280,14 @@ def test_a_driver_that_is_killed_and_started_again_computes_only_what_was_missin
     [
         (partial(commands.execute, "/nosuch/method.py"), r"failed on .+ \(.+\): /nosuch/method\.py: FileNotFoundError"),
         (partial(os._exit, 1), r"failed in 3 tries, last on .+ \(.+\): WorkerCrashedError"),
+        (
+            lambda: os.environ.get("RANK") == "1" and os._exit(1),
+            r"failed in 3 tries, last on .+ \(.+\): WorkerHealthCheckFailedError: A worker health check failed",
+        ),
     ],
 )
-def test_a_task_that_fails_ends_in_a_sentence_with_its_stage_and_node(on, tmp_path, register, reason):
+def test_a_task_that_fails_ends_in_a_sentence_with_its_stage_and_node(on, tmp_path, monkeypatch, register, reason):
+    monkeypatch.setenv("FUNLORA_BASE_WORKERS", "1" if isinstance(register, partial) else "2")
     with pytest.raises(LabError, match=rf"^The (classifier|network) of \d+ classes of smoke-\S+-seed0-\w+ {reason}"):
         on([TINY], tmp_path, register=register)
 
@@ -217,17 +309,30 @@ def test_a_node_needs_no_images(on, tmp_path):
 
 
 @pytest.mark.heavy
-def test_torchrun_trains_the_base_in_two_processes_and_ray_does_the_rest(nodes, tmp_path):
+def test_two_workers_of_ray_train_make_the_base_of_torchrun_whatever_dies(nodes, on, tmp_path, monkeypatch, numbers):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "funlora_lab"]
     words += ["run", "smoke", "--device", "cpu", "--json", "--ray", nodes.address]
     words += [f"--set={word}" for word in ("multipliers=1", "window=4-7", "adapter_images=32", "samples_per_class=4")]
-    env = os.environ | {"FUNLORA_HOME": str(tmp_path)}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    home, killed = tmp_path / "torchrun", []
+    done = subprocess.run(words, env=os.environ | {"FUNLORA_HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["finished"]
-    base = next(tmp_path.glob("artefacts/network-*"))
+    base = next(home.glob("artefacts/network-*"))
     assert read_tensors(base / "result.safetensors")[1]["processes"] == 2
-    assert [path.parent for path in tmp_path.glob("artefacts/*/.lock")] == [base]  # no other was made in this home
+    assert [path.parent for path in home.glob("artefacts/*/.lock")] == [base]  # no other was made in this home
+
+    def kill(event):
+        if event["done"] and event["running"] and not killed:  # the judge is made, the base is not
+            killed.append(next(iter(nodes.worker_nodes)))
+            nodes.remove_node(killed[0], allow_graceful=False)
+            nodes.add_node(num_cpus=1)
+
+    monkeypatch.setenv("FUNLORA_BASE_WORKERS", "2")
+    e = SMOKE.but(multipliers=(1,), window="4-7", adapter_images=32, samples_per_class=4)
+    on([e], tmp_path, kill)
+    assert killed
+    equal(e, tmp_path, home, numbers)
+    assert read_tensors(tmp_path / "artefacts" / base.name / "result.safetensors")[1]["processes"] == 2
 
 
 @pytest.mark.parametrize(
@@ -243,6 +348,11 @@ def test_a_bad_address_is_refused_at_once(address, message, tmp_path, monkeypatc
     assert main(["run", "smoke", "--device", "cpu", "--ray", address]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list((tmp_path / "home").glob("*/config.json"))
+
+
+def test_workers_for_a_base_are_a_clusters(capsys):
+    assert main(["run", "smoke", "--base-workers", "2"]) == 2
+    assert "--base-workers: accepted with --ray; without it, torchrun" in capsys.readouterr().err
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch, capsys):

@@ -8,6 +8,7 @@ import shutil
 import time
 from html import unescape
 from pathlib import Path
+from threading import Event, Thread
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ from funlora_lab.adapters import METHODS
 from funlora_lab.commands import experiment_of
 from funlora_lab.experiment import REGISTERED_TEXTS
 from funlora_lab.flow import SOLVERS, Solver
-from funlora_lab.store import Run, read_json, read_lines, read_tensors, write_json
+from funlora_lab.store import Run, locked, read_json, read_lines, read_tensors, write_json
 from funlora_lab.studies import plots, sweeps
 from funlora_lab.studies.rank import TOLERANCE
 from funlora_lab.workbench import images, layers, markup, page, panel, report, runs, runs_panel
@@ -374,6 +375,31 @@ def test_a_run_is_started_stopped_and_resumed_from_the_panel(house, monkeypatch)
     panel.press("stop", name)
     panel.watcher.join(PATIENCE)
     assert not again.going
+
+
+def test_a_chosen_run_that_goes_on_elsewhere_is_watched_until_it_stops(house, monkeypatch):
+    monkeypatch.setattr(runs_panel, "EVERY", 0.1)
+    panel, record, begun, over = house.bench.runs, Run.of(SMALL.but(seed=7), house.home), Event(), Event()
+
+    def elsewhere():
+        with locked(record.folder):
+            record.open({"started": "2026-01-01T00:00:00+00:00"})
+            record.log({"event": "cluster", "share": 0.25, "seconds": 100.0})
+            begun.set()
+            over.wait(PATIENCE)
+
+    before, thread, name = panel.chosen, Thread(target=elsewhere), record.folder.name
+    thread.start()
+    assert begun.wait(PATIENCE)
+    panel.chosen = [*before, name]
+    until(lambda: f"{name}: A Ray cluster is at work on it. About 5 min remain." in panel.progress)
+    assert f"Stop {name}" in panel.acts
+    over.set()
+    thread.join(PATIENCE)
+    panel.watcher.join(PATIENCE)
+    assert (panel.watcher.is_alive(), f"Resume {name}" in panel.acts) == (False, True)
+    panel.chosen = before
+    shutil.rmtree(record.folder)
 
 
 def cross(shift: int) -> list[bool]:

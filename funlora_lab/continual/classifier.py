@@ -18,14 +18,14 @@ from funlora_lab.training import Inputs, Plan, Trainer, autocast, prepared
 
 
 def train_classifier(
-    context: Context, classes: list[int], images: Images, origin: dict
+    context: Context, classes: list[int], images: Images | None = None, origin: dict | None = None
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Train a classifier of ``classes`` from scratch on ``images`` and let it label the real test images.
+    """Train a classifier of ``classes`` from scratch and let it label the real test images.
 
-    Returns (network, predicted classes of the test images of ``classes``, their true classes). ``origin`` says in the
-    artefact's key where the images come from.
+    It learns from ``images``, of which ``origin`` says in the artefact's key where they come from, or from real ones.
+    Returns (network, predicted classes of the test images of ``classes``, their true classes).
     """
-    e = context.experiment
+    e, images, origin = context.experiment, images or context.dataset.train.of(classes), origin or {"real": classes}
     settings = dataclasses.asdict(e.classifier) | {"image_size": e.image_size, "channels": e.channels}
     inputs = {"origin": origin, "classes": classes, "settings": settings}
     artefact = context.store.artefact("classifier", **context.inputs, **inputs)

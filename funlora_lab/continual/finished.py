@@ -98,10 +98,7 @@ class OpenRun:
     # index and name of every class that was taken out; its ``removed_file``, imported, brings it back
     removed = property(lambda self: class_files.removed(self.run))
 
-    @property
-    def order(self) -> list[int]:
-        """The classes of ``remaining`` tasks in the order in which they were learned."""
-        return [cls for task in self.remaining for cls in task]
+    order = property(lambda self: [cls for task in self.remaining for cls in task])  # as they were learned
 
     def class_of(self, word: str | int) -> int:
         """The index of a class given by name or index; raises LabError when the run does not know it."""
@@ -155,9 +152,7 @@ class OpenRun:
     @cached_property
     def judge(self) -> nn.Module:
         """The classifier trained on the real images of all classes, in the order they are learned."""
-        everything = self.context.classes
-        images = self.context.dataset.train.of(everything)
-        return train_classifier(self.context, everything, images, {"real": everything})[0]
+        return train_classifier(self.context, self.context.classes)[0]
 
     def losses(self, stage: str) -> pd.DataFrame:
         """The logged losses of ``base``, ``adapter`` or ``classifier``: one line an event."""
@@ -169,10 +164,7 @@ class OpenRun:
         """The events that close the tasks: accuracy, recognition of every class seen, seconds."""
         return [event for event in self.events if event["event"] == "accuracy"]
 
-    @property
-    def averages(self) -> list[float]:
-        """A_k of Eq. 22 after every task that was scored."""
-        return [event["average"] for event in self.accuracies]
+    averages = property(lambda self: [event["average"] for event in self.accuracies])  # A_k of Eq. 22, where scored
 
     @property
     def costs(self) -> pd.DataFrame:
@@ -251,10 +243,8 @@ class OpenRun:
     def remove_class(self, word: str | int) -> int:
         """Take one class, by name or index, out of this run; its index."""
         cls = self._own_row(word)
-        base = fingerprint(self.network.state_dict())
-        content = class_files.content(self.adapters, self.row(cls), base, cls, self.known[cls])
         with self._changing():
-            write_atomically(self.removed_file(cls), content)
+            self.export_class(cls, self.removed_file(cls))
             class_files.file_of(self.run, cls, "safetensors").unlink(missing_ok=True)
         return cls
 

@@ -105,7 +105,6 @@ def learn_base(experiment: Experiment, runtime: Runtime, home: Path | None = Non
     with locked(record.folder, runtime.check, runtime.tell) if first else nullcontext():
         if first and not record.config_file.exists():
             record.open(provenance(runtime.device, context.dataset, experiment))
-        runtime.team.wait()
         generator.learn(0)
 
 
@@ -135,7 +134,7 @@ def _run(context: Context, generator: Generator) -> dict:
         generator.learn(k)
         if k == 0:  # the judge is not part of the method: its training is not part of the cost
             spent = dict(context.seconds)
-            judge, *real = train_classifier(context, order, dataset.train.of(order), {"real": order})
+            judge, *real = train_classifier(context, order)
             context.seconds = spent
         if e.score_after != "every" and k < len(context.tasks) - 1:
             matrix.append(None)
@@ -151,12 +150,10 @@ def _run(context: Context, generator: Generator) -> dict:
             matrix.append(None)
             break
         clock.append(context.total_seconds)
-        images, origin = dataset.train.of(seen), {"real": seen}
         if sources:
             report(certify(context, generator, k, {cls: (artefacts[cls].name, samples[cls]) for cls in seen}))
-            if k:
-                images, origin = synthetic(context, sources, samples)
-        _, predicted, true = train_classifier(context, seen, images, origin)
+        given = synthetic(context, sources, samples) if sources and k else ()  # else real images
+        _, predicted, true = train_classifier(context, seen, *given)
         if logits := generator.classifier(seen):
             answers = torch.tensor(seen)[predict(logits, dataset.test.of(seen).pixels, context.runtime.device)]
             own.append(mean(scores.accuracy_per_task(answers, true, done)))

@@ -58,7 +58,7 @@ def make(stage: Stage, experiment: Experiment, runtime: Runtime, home, read_only
     context, generator = prepare(experiment, runtime, home, read_only)
     classes, count = list(stage.classes), experiment.samples_per_class
     if stage.kind == "classifier" and not stage.task:
-        return train_classifier(context, classes, context.dataset.train.of(classes), {"real": classes})
+        return train_classifier(context, classes)
     for task in range(1 if generator.frozen else stage.task + 1):
         generator.learn(task)
     if generator.frozen:

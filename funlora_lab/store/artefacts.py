@@ -55,9 +55,7 @@ class Artefact:
         self.state_file = folder / "state.safetensors"
         self.log_file = folder / "log.jsonl"
 
-    @property
-    def done(self) -> bool:
-        return self.result_file.exists()
+    done = property(lambda self: self.result_file.exists())
 
     @contextmanager
     def held(self, check, tell):

@@ -141,7 +141,7 @@ def side_by_side(todo: list[Experiment], workers: int, device: str, folder: Path
     others, threads = set(multiprocessing.active_children()), max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            for job in as_completed([pool.submit(_job, e, device, folder, threads, prepare) for e in todo]):
+            for job in as_completed([pool.submit(_run, e, device, folder, threads, prepare) for e in todo]):
                 yield job.result()
         except BrokenExecutor:
             raise LabError("A process of the sweep was killed, perhaps for lack of memory.") from None
@@ -150,19 +150,11 @@ def side_by_side(todo: list[Experiment], workers: int, device: str, folder: Path
                 process.terminate()
 
 
-def _job(experiment: Experiment, device: str, folder: Path, threads: int, prepare) -> str:
-    """``_run`` in a process of its own; every error comes back as a plain LabError, which can be sent."""
-    torch.set_num_threads(threads)
-    try:
-        if prepare:
-            prepare()
-        return _run(experiment, device, folder)
-    except LabError as reason:
-        raise LabError(str(reason)) from None
-
-
-def _run(e: Experiment, device: str, folder: Path) -> str:
+def _run(e: Experiment, device: str, folder: Path, threads: int = 0, prepare=None) -> str:
     """Run one experiment; returns its closing line. What two processes need, one makes while the other waits."""
+    if threads:  # a process of its own
+        torch.set_num_threads(threads)
+        (prepare or bool)()
     seconds = open_run(e, device, home=folder).results["seconds"]
     return f"{e.preset} {e.method} {e.operation} {e.start} window {e.window} seed {e.seed}: {seconds:.0f} s"
 

@@ -33,13 +33,8 @@ class Context:
     seconds: dict[str, float] = field(default_factory=dict)  # of every artefact used, reused ones at first cost
     base_weights: str = ""  # fingerprint of those of the file ``base_weights``, if a stored run remembers it
 
-    @property
-    def classes(self) -> list[int]:
-        return [cls for task in self.tasks for cls in task]  # in the order in which they are learned
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
+    classes = property(lambda self: [cls for task in self.tasks for cls in task])  # in the order they are learned
+    total_seconds = property(lambda self: sum(self.seconds.values()))
 
     @property
     def inputs(self) -> dict:
@@ -73,7 +68,7 @@ class Context:
     def tensors(self, artefact: Artefact, make: Callable[[], None]) -> dict[str, Tensor]:
         """Those of an artefact that this run uses, made ``ready`` first; its seconds count."""
         self.ready(artefact, make)
-        tensors, facts = artefact.result()
+        tensors, facts = self.runtime.team.agree(artefact.result())
         self.seconds[artefact.key] = facts["seconds"]
         return tensors
 

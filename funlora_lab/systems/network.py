@@ -116,7 +116,6 @@ class WholeNetwork(Generator):
         """The training of the whole network; of several processes each computes its part of every batch."""
         e, runtime = self.context.experiment, self.context.runtime
         device, team, B = runtime.device, runtime.team, e.base.batch
-        team.check(artefact.state_file, B)
         model = team.wrap(prepared(net, device).train())
         pixels, positions = images.on(device, labels)
         shuffle = Shuffle(len(images), e.seed, name, "order")

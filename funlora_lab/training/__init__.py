@@ -12,6 +12,6 @@ from funlora_lab.training.device import (
     replays,
     rounded,
 )
-from funlora_lab.training.processes import Team, launched, own_device, team_of
+from funlora_lab.training.processes import BACKENDS, PATIENCE, Team, launched, own_device, team_of
 from funlora_lab.training.runtime import Event, Report, Runtime, Watch, ignore
 from funlora_lab.training.trainer import Plan, Trainer

@@ -1,7 +1,7 @@
-"""Several processes train one network: ``torchrun --nproc-per-node 8 -m funlora_lab run imagenet100``.
+"""Several processes train one network: ``torchrun --nproc-per-node 8 -m funlora_lab run imagenet100``, or Ray Train.
 
 Each takes every size-th image of the same global batch: the result is one process's up to rounding and dropout masks.
-Process 0 alone writes; the others read the same home, which several machines need on a shared file system.
+Process 0 alone reads and writes artefacts and sends the others what it read: they share no file system.
 """
 
 import os
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funlora_lab.errors import LabError
-from funlora_lab.store import Artefact, Store, read_tensors
+from funlora_lab.store import Artefact, Store
 
 ASK_EVERY = 10  # steps between two questions whether to stop, to which all processes need the same answer
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # of torch.distributed, by the kind of device
 PATIENCE = timedelta(days=7)  # with which a process waits for the others, which may have many pictures to read
 
 
@@ -29,6 +30,11 @@ class Team:
 
     rank: int = 0
     size: int = 1
+
+    @classmethod
+    def joined(cls) -> "Team":
+        """All processes that torch.distributed has joined with this one, if any."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -40,7 +46,9 @@ class Team:
         return net if self.size == 1 else DistributedDataParallel(net)
 
     def part(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """This process's images of a global batch."""
+        """This process's images of a global batch; LabError where there is none for every process."""
+        if len(batch[0]) < self.size:
+            raise LabError(f"base_batch={len(batch[0])}: accepted is at least the number of processes, {self.size}.")
         return tuple(each[self.rank :: self.size] for each in batch)
 
     def mean(self, losses: Tensor, count: int) -> Tensor:
@@ -51,23 +59,6 @@ class Team:
         mean = mine.detach() / self.size
         dist.all_reduce(mean)
         return mine - mine.detach() + mean
-
-    def check(self, state: Path, count: int) -> None:
-        """Raise LabError unless every process has images of a batch of ``count`` and sees the same saved progress."""
-        if count < self.size:
-            raise LabError(f"base_batch={count}: accepted is at least the number of processes, {self.size}.")
-        seen: list[int] = [0] * self.size
-        if self.size > 1:
-            dist.all_gather_object(seen, read_tensors(state)[1]["step"] if state.exists() else 0)
-        if len(set(seen)) > 1:
-            steps = ", ".join(map(str, seen))
-            raise LabError(
-                f"Processes see different saved progress (steps {steps}): accepted is one FUNLORA_HOME for all of them."
-            )
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
     def agree(self, value):
         """The first process's ``value``, for all of them."""
@@ -83,27 +74,24 @@ class Team:
         return self.agree(stop() if self.rank == 0 else None)
 
     def store(self, folder: Path) -> Store:
-        """The store of a home, written by the first process only."""
-        return Store(folder, Artefact if self.rank == 0 else _ReadArtefact)
+        """The store of a home, which is the first process's."""
+        return Store(folder, Artefact if self.rank == 0 else _OthersArtefact)
 
 
-class _ReadArtefact(Artefact):
-    """An artefact that another process writes: everything is read, nothing is written."""
+class _OthersArtefact(Artefact):
+    """An artefact of another process: here nothing is read or written, and what it holds is agreed on."""
 
     def held(self, check, tell):
         return nullcontext()
 
-    def resume(self) -> tuple[dict[str, Tensor], dict] | None:
-        return self.read(self.state_file) if self.state_file.exists() else None
-
     def log(self, event: dict | None = None, **facts) -> dict | None:
         return event
 
-    open = save_state = finish = forget_progress = log
+    open = save_state = finish = forget_progress = resume = result = log
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Whether torchrun or Ray Train started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -118,8 +106,8 @@ def team_of(device: torch.device) -> Iterator[Team]:
     """The team torchrun made, for the length of a block."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(BACKENDS[device.type], timeout=PATIENCE)
     try:
-        yield Team(dist.get_rank(), dist.get_world_size())
+        yield Team.joined()
     finally:
         dist.destroy_process_group()

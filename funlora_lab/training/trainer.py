@@ -87,7 +87,7 @@ class Trainer:
         runtime = self.runtime
         self.steps = Steps(self.advance, self._inputs_at, self.plan.steps, runtime.device, runtime.team.size == 1)
         self.done, self.earlier = 0, 0.0
-        if saved := self.artefact.resume():
+        if saved := runtime.team.agree(self.artefact.resume()):
             self._restore(*saved)
         self.begun = time.monotonic()
         self.save_at = self.begun + self.runtime.save_seconds
@@ -199,4 +199,3 @@ class Trainer:
         """``fit``, and keep what it gives, or other tensors that were trained in place, as the artefact's result."""
         weights, facts = self.fit()
         self.artefact.finish(result or weights, **facts, **more)
-        self.runtime.team.wait()

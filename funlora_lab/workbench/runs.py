@@ -63,6 +63,8 @@ def described(event: Event) -> str:
         case "loss":
             what = f"adapter of class {event['class']}" if "class" in event else f"the {event['stage']}"
             return f"Training {what}, step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}."
+        case "cluster":
+            return "A Ray cluster is at work on it."
         case "samples":
             return f"Drawing class {event['class']}: {event['drawn']} of {event['of']}."
         case "accuracy":
@@ -87,6 +89,8 @@ class Progress:
             self.done, self.trained = event["task"], False
         elif kind == "loss" and event["stage"] != "classifier":
             self.trained, within = True, 0.6 * event["step"] / event["steps"]
+        elif kind == "cluster":  # the log begins with the driver
+            within, self.begun = event["share"], (time.monotonic() - event["seconds"], 0.0)
         elif kind == "samples":
             within = 0.6 + 0.1 * event["drawn"] / event["of"]
         elif kind == "loss" and self.trained:  # the classifier of real images comes before all training
@@ -106,11 +110,8 @@ def progress(run: Run, known: Progress | None = None) -> tuple[float, str]:
     """(share of the run that is done, a sentence on where it stands); ``known`` has seen its log before."""
     if results := run.results():
         return 1.0, f"Finished: {scores(results)}."
-    seen, said = known or Progress(), (0.0, "Starting.")
-    for event in run.events():
-        if event["event"] in ("run", "loss", "accuracy"):
-            said = seen.see(event)
-    return said
+    seen, shown = known or Progress(), ("run", "loss", "accuracy", "cluster")
+    return [(0.0, "Starting."), *(seen.see(event) for event in run.events() if event["event"] in shown)][-1]
 
 
 def arguments(experiment: Experiment) -> list[str]:

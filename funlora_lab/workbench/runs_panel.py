@@ -32,7 +32,7 @@ class RunsPanel(Panel):
     table, compared, acts, progress = (held(Unicode) for _ in range(4))
 
     def __init__(self, bench):
-        self.watcher, self.started, self.known = threading.Thread(), {}, {}
+        self.watcher, self.started, self.known, self.going = threading.Thread(), {}, {}, []
         super().__init__(bench)
         self.on_change(self.refresh, "words", "state", "by", "descending", "seeds", "chosen")
         self.on_change(self.compare, "chosen", "curve")
@@ -82,16 +82,21 @@ class RunsPanel(Panel):
         count = f"{len(frame)} run{'s'[: len(frame) != 1]}, {len(self.chosen)} chosen; the panels show {shown}"
         look = 'class="scrolls runs" style="height:190px" tabindex="0" role="region" aria-label="runs"'
         self.table = f"<div {look}>{table.to_html(border=0, index=False, escape=False)}</div>{count}"
-        states = frame.set_index("run")["state"].to_dict()
-        acts = []
+        states, acts = frame.set_index("run")["state"].to_dict(), []
+        started = [name for name, run in self.started.items() if run.going]
+        self.going = sorted({name for name in self.chosen if states.get(name) == "running"} | {*started})
+        self.known = {name: self.known.get(name, runs.Progress()) for name in self.going}
         for name in self.chosen:
-            if states.get(name) == "running" or (name in self.started and self.started[name].going):
+            if name in self.going:
                 acts.append(button("stop", f"Stop {name}", "halt", name))
             elif states.get(name) == "unfinished":
                 acts.append(button("resume", f"Resume {name}", "", name))
             elif states.get(name) == "finished" and name != shown:
                 acts.append(button("open", f"Show {name} in all panels", "", name))
         self.acts = row(*acts)
+        if self.going and not self.watcher.is_alive():
+            self.watcher = threading.Thread(target=self._look, daemon=True)
+            self.watcher.start()
 
     def press_refresh(self) -> None:
         self.refresh()
@@ -140,14 +145,11 @@ class RunsPanel(Panel):
     def _begin(self, experiment: Experiment) -> None:
         started = runs.Started(experiment, self.home, str(self.run.runtime.device))
         name = started.run.folder.name
-        self.started[name], self.known[name] = started, runs.Progress()
+        self.started[name] = started
         with self.quietly():
             self.chosen = [*dict.fromkeys([*self.chosen, name])]
         self.progress = f"{escape(name)}: starting."
         self.refresh()
-        if not self.watcher.is_alive():
-            self.watcher = threading.Thread(target=self._look, daemon=True)
-            self.watcher.start()
 
     def press_stop(self, name: str) -> None:
         """Ask a running run to save and leave."""
@@ -156,23 +158,18 @@ class RunsPanel(Panel):
         self.progress = f"{escape(name)}: asked to stop."
 
     def _look(self) -> None:
-        """Look at the runs that were started here, until none of them goes on."""
-        ended: set[str] = set()
-        while True:
-            going = {name for name, started in self.started.items() if started.going}
+        """Look at the chosen runs that go on, here or elsewhere, until none of them does."""
+        while names := self.going:
+            self.refresh()  # what has ended since is shown once more
             lines = []
-            for name in self.started.keys() - ended:
-                share, sentence = runs.progress(self.started[name].run, self.known[name])
-                said = self.started[name].reason() or sentence
-                lines.append(markup.bar(share, f"{escape(name)}: {escape(said)}"))
-                looks = [[path.stem, markup.stored(path)] for path in self.started[name].looks]
+            for name in names:
+                here = self.started.get(name)
+                share, sentence = runs.progress(here.run if here else Run.at(self.home / name), self.known.get(name))
+                lines.append(markup.bar(share, f"{escape(name)}: {escape((here and here.reason()) or sentence)}"))
+                looks = [[path.stem, markup.stored(path)] for path in (here.looks if here else [])]
                 lines += [markup.sheet(looks)] * bool(looks)
-            self.progress = "<br>".join(lines) or self.progress
-            ended = set(self.started) - going
-            self.refresh()
+            self.progress = "<br>".join(lines)
             self.compare()
-            if not going and not any(started.going for started in self.started.values()):
-                return
             time.sleep(EVERY)
 
 
