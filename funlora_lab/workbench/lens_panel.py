@@ -52,18 +52,14 @@ class LensPanel(Working):
             select("function", "function", functions),
             select("measure", "colour", [(name, name) for name in fits]),
         )
-        below = (
-            place("samples")
-            + row(film_controls(FRAMES), field("text", "state"))
-            + self.work_places
-            + place("note", "note")
-        )
+        films = row(film_controls(FRAMES), field("text", "state"))
+        below = [place("samples"), films, self.work_places, place("note", "note"), place("seen")]
         with self.quietly():
             self.measure = self.measure if self.measure in fits else fits[0]
             self.body = (
                 f'<div class="funlora-lens"><div class="whole">{head}</div>'
                 f"{place('unet', 'whole')}{place('sliders')}{place('picture')}"
-                f'<div class="whole">{below}{place("seen")}</div></div>'
+                f'<div class="whole">{"".join(below)}</div></div>'
             )
         bend = self.bend or start
         try:
@@ -136,7 +132,11 @@ class LensPanel(Working):
                 self.picture = markup.problem(reason)
         if not before or not self.unet or (bend.off, bend.cls, bend.layer) != (before.off, before.cls, before.layer):
             self._draw_unet()
-        self._wake(bend)
+        if self.samples:
+            self.note = OLD
+            self.drawer.wake()
+        else:  # the first time, which a page waits for
+            self._draw_samples(bend, solver_of(self.run.experiment))
 
     def _set_sliders(self, bend: Bend) -> None:
         numbers, names, columns = self.lens.numbers(bend, bend.layer), self._names(bend), []
@@ -158,14 +158,6 @@ class LensPanel(Working):
     def _draw_unet(self) -> None:
         name = self.run.known[self.bend.cls]
         self.unet = self.lens.adapted.heatmap(self.measure, name, self.bend.layer, self.bend.off).html
-
-    def _wake(self, bend: Bend) -> None:
-        """Have the images drawn: here the first time, afterwards by a thread that skips what is no longer asked for."""
-        if not self.samples:
-            self._draw_samples(bend, solver_of(self.run.experiment))
-            return
-        self.note = OLD
-        self.drawer.wake()
 
     def _follow(self) -> None:
         self._draw_samples(self.bend, Solver("midpoint", QUICK), coarse=True)

@@ -52,7 +52,7 @@ def write(run: OpenRun, path: Path | None = None) -> Path:
 
 
 def page(run: OpenRun) -> str:
-    e, r, made = run.experiment, run.results, dict(run.results["provenance"])
+    e, r = run.experiment, run.results
     title, now = f"{e.preset}, {e.method}, seed {e.seed}", datetime.now(UTC).isoformat(" ", "seconds")
     summary = {words: measured(r[name]) for name, words in SUMMARY.items() if name in r}
     summary["numbers learned for one class (PPC)"] = f"{r['PPC']:,}"
@@ -76,10 +76,9 @@ def page(run: OpenRun) -> str:
     settings = markup.table({name: shown(value) for name, value in e.flat.items()})
     sections["Certificate of no forgetting"] = certificate(run)
     sections["Settings"] = f"<p><code>{escape(command)}</code></p><details><summary>all</summary>{settings}</details>"
-    facts = made | made.pop("versions", {}) | {f"data, {name}": v for name, v in made.pop("data", {}).items() if v}
-    sections["Provenance"] = markup.table(
-        {name: str(facts[name]) for name in facts if name not in ("data", "versions")}
-    )
+    made = {"versions": {}, "data": {}} | r["provenance"]
+    made |= made.pop("versions") | {f"data, {name}": value for name, value in made.pop("data").items() if value}
+    sections["Provenance"] = markup.table({name: str(value) for name, value in made.items()})
     parts = [f"<h2>{escape(name)}</h2><div class='wide'>{html}</div>" for name, html in sections.items()]
     head = f'<h1>FunLoRA run: {escape(title)}</h1><p class="soft">{escape(run.run.folder.name)}</p>'
     foot = f'<p class="soft">Written by funlora-lab {__version__} on {now}.</p>'

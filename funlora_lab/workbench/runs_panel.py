@@ -123,11 +123,8 @@ class RunsPanel(Panel):
         drawn = plots.accuracy_per_task({"": averages}) if averages else None
         drawn = plots.training_curves(losses, f"losses of the {self.curve}") if losses else drawn
         parts = [markup.figure(drawn, f"{self.curve} of {', '.join(names.values())}")] if drawn else []
-        parts += (
-            [f"<div><b>Settings that differ</b>{markup.table(unlike.rename(columns=names))}</div>"]
-            if len(unlike)
-            else []
-        )
+        if len(unlike):
+            parts.append(f"<div><b>Settings that differ</b>{markup.table(unlike.rename(columns=names))}</div>")
         self.compared = row(*parts)
 
     def press_start(self) -> None:
