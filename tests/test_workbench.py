@@ -302,16 +302,27 @@ def test_the_table_is_filtered_and_sorted_and_compares_what_is_chosen(house):
     assert panel.compared != one
     unlike = runs.differences(panel.chosen, house.home)
     assert set(unlike.index) == {"method", "rank", "ratio", "score_after", "adapter_images"}
-    assert runs.short_names(unlike)[panel.chosen[1]].startswith("vanilla-mul")
+    assert runs.short_names(unlike) == dict(zip(panel.chosen, ("funlora", "vanilla-mul"), strict=True))
+    unlike[panel.chosen[1]] = unlike[panel.chosen[0]].where(unlike.index != "ratio", "2")
+    assert set(runs.short_names(unlike).values()) == {"ratio=1", "ratio=2"}, "what suffices"
     assert ">ratio<" in panel.compared
     for kind in runs_panel.CURVES:
         panel.curve = kind
         assert pixels_of(panel.compared)[0].shape[1] > 300
-    panel.press("choose", house.other.run.folder.name)
+    once = house.once.run.folder.name
+    with patch.object(plots, "accuracy_per_task", wraps=plots.accuracy_per_task) as drawn:
+        put(panel, curve="accuracy", chosen=[name, once])
+    assert drawn.call_args.args[0][""]["fine-tune"] == [None, None, house.once.results["LA"]], "where it was scored"
+    panel.chosen = [name]
     panel.seeds = True
     means = sweeps.over_seeds(house.home).set_index("method")
     assert means.loc["funlora", "LA"] == f"{house.run.results['LA']:.4f}"
     assert means.loc["funlora", "LA"] in panel.table
+    assert "fine-tune" in panel.table
+    panel.words = "smoke-funlora"
+    assert means.loc["funlora", "LA"] in panel.table
+    assert "fine-tune" not in panel.table
+    panel.words = ""
     put(panel, seeds=False, curve="accuracy")
 
 

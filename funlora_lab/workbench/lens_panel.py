@@ -63,11 +63,9 @@ class LensPanel(Working):
             )
         bend = self.bend or start
         try:
-            bend = replace(bend, function="" if bend.function == own else bend.function)
-            self.lens.check(bend)
+            self._become(replace(bend, function="" if bend.function == own else bend.function), remember=False)
         except LabError:  # the state of a run before, which this one does not have
-            bend = start
-        self._become(bend, remember=False)
+            self._become(start, remember=False)
 
     def press_reset(self) -> None:
         """Back to what was learned; the class and the layer stay."""
@@ -178,7 +176,7 @@ class LensPanel(Working):
         if bend.function not in ("", lens.method):
             why = f"The samples are of what {lens.method} learned; F is of {bend.function} on its A and B."
             train = f"<div class='row'>{why} {button('train', f'Train with {bend.function}', 'main')}</div>"
-        about = f"<span class='soft'>same noise; {words}; outlined: not recognised</span>"
+        about = f"<span class='soft'>same noise; {words}; outlined: not recognised at time 1</span>"
         self.samples = f"{train}{markup.sheet(rows)}{about}"
         if self.note == OLD and bend is self.bend:
             self.note = ""

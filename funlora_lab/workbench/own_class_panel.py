@@ -15,7 +15,7 @@ from funlora_lab.continual import LEAST, OwnClass, images_in, learn
 from funlora_lab.errors import LabError
 from funlora_lab.store import safe_name, write_atomically
 from funlora_lab.workbench import markup
-from funlora_lab.workbench.controls import button, check, field, place, row, slider, upload
+from funlora_lab.workbench.controls import button, check, field, place, row, slider
 from funlora_lab.workbench.layers import ALONE
 from funlora_lab.workbench.panel import Working, held
 
@@ -160,4 +160,5 @@ class OwnClassPanel(Working):
             pressed = [button(act, words, "", cls, f"{words} class {names[cls]}") for act, words in acts.items()]
             rows.append([f"<b>{escape(names[cls])}</b>", f"{about}{', taken out' * (cls in removed)}", *pressed])
         listed = f'<div class="scrolls" style="max-height:180px">{markup.sheet(rows)}</div>'
-        self.files = f"<b>Classes of this run as files</b>{listed}{row(upload('upload', 'Import a class', SUFFIX))}"
+        brought = f'<label>Import a class <input type="file" accept="{SUFFIX}" data-press="upload"></label>'
+        self.files = f"<b>Classes of this run as files</b>{listed}{row(brought)}"
