@@ -439,6 +439,9 @@ def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_
     assert all(">cross<" in one.body for one in joined)
     panel.press("upload", "x.safetensors", b"nothing")
     assert "x.safetensors" in panel.note
+    assert panel.outcome
+    bench.open(house.other.run.folder.name)
+    assert not panel.outcome, "it spoke of the run before"
 
 
 def lines_in(html: str) -> list[np.ndarray]:

@@ -201,7 +201,7 @@ class AdaptedLayers:
         """``unet_picture`` of the run: the mean over classes of a measure, or one class (by name)."""
         frame = self.values(measure)
         values = (frame.loc[cls] if cls in frame.index else frame.mean()).to_dict()
-        title = f"{measure}, {f'class {cls}' if cls in frame.index else 'mean over the classes after task 1'}"
+        title = f"{measure}, {f'class {cls}' if cls in frame.index else 'mean of the later classes'}"
         return unet_picture(unet_layers(self.run.experiment), values, title, chosen, off)
 
 

@@ -147,9 +147,8 @@ def curves(lines: Sequence[Sequence[tuple[float, float]]], last: float, words: s
     parts = [element("path", d=f"M{left} {top}v{height}h{width}", fill="none", stroke=GREY)]
     for line in lines:
         some = line[:: len(line) // 200 + 1]
-        spots = ((left + width * x / last, top + height * (high - y) / ((high - low) or 1)) for x, y in some)
-        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(element("polyline", points=where, fill="none", stroke=BLUE, stroke_width=1.5))
+        spots = (f"{left + width * x / last:.1f},{top + height * (high - y) / (high - low or 1):.1f}" for x, y in some)
+        parts.append(element("polyline", points=" ".join(spots), fill="none", stroke=BLUE, stroke_width=1.5))
     for y, value in ((top + 9, high), (top + height, low)):
         parts.append(svg_text(left - 5, y, f"{value:.3g}", "end"))
     parts.append(svg_text(left, top + height + 15, f"step 0 to {last:,}"))
