@@ -181,7 +181,8 @@ def looks_at_and_trains_a_function_of_ones_own(page, home):
     lens.locator("[data-place=picture] svg[aria-label^=sawtooth]").wait_for()  # its rank and spectrum at once
     assert rank_of(page) > 1
     press(lens, "Train with sawtooth")
-    lens.get_by_alt_text(re.compile("samples at step")).first.wait_for()  # samples while it trains
+    lens.get_by_alt_text(re.compile("samples at step")).first.wait_for()  # samples beside the loss while it trains
+    lens.get_by_alt_text(re.compile("^loss of the (base|adapter)")).wait_for()
     lens.get_by_text("Done.").wait_for()
     panel(page, "runs").locator("[aria-pressed=true]", has_text="sawtooth").wait_for()
     assert "sawtooth" in set(runs.table(home)["method"])
@@ -204,7 +205,8 @@ def learns_an_own_class_and_takes_it_out_and_in(page, folder):
     own.get_by_label("name of the class").fill("stroke")
     own.get_by_label("name of the class").press("Tab")
     press(own, "Train the class")
-    own.get_by_alt_text(re.compile("samples at step")).nth(1).wait_for()  # samples while it trains
+    own.get_by_alt_text(re.compile("samples at step")).nth(1).wait_for()  # samples beside the loss while it trains
+    own.get_by_alt_text(re.compile("^loss of the adapter")).wait_for()
     own.get_by_text("too few to speak of accuracy").wait_for()
 
     def known(count: int) -> None:

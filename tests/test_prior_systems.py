@@ -16,6 +16,7 @@ from funlora_lab.systems.denoiser import towards_new
 from funlora_lab.systems.jdcl import chosen, global_loss, local_loss
 from funlora_lab.systems.sampling import glimpse
 from funlora_lab.training import Runtime
+from funlora_lab.workbench.page import Workbench
 
 SMALL = preset("smoke").but(
     split="6-2", base_channels=4, multipliers=(1,), window="4-7", base_images=128, base_batch=64, adapter_images=64,
@@ -97,6 +98,12 @@ def test_both_numbers_are_reported_after_every_task(runs):
         assert run.accuracies[-1]["own_average"] == run.results["own_LA"]
         assert run.results["flow_loss"] is None  # an error of predicted noise is no flow loss
         assert run.recognition.notna().sum().tolist() == [6, 8, 10]
+
+
+def test_samples_offer_no_solver_to_a_system_that_brings_its_own(runs):
+    panel = Workbench(runs["jdcl"]).samples
+    assert "of 8 recognised" in panel.pictures
+    assert ('name="solver"' in panel.how, 'name="seed"' in panel.how) == (False, True), "no control that does nothing"
 
 
 def test_the_generator_of_guide_is_trained_once_for_dgr_too(runs):

@@ -303,16 +303,27 @@ def test_the_table_is_filtered_and_sorted_and_compares_what_is_chosen(house):
     assert panel.compared != one
     unlike = runs.differences(panel.chosen, house.home)
     assert set(unlike.index) == {"method", "rank", "ratio", "score_after", "adapter_images"}
-    assert runs.short_names(unlike)[panel.chosen[1]].startswith("vanilla-mul")
+    assert runs.short_names(unlike) == dict(zip(panel.chosen, ("funlora", "vanilla-mul"), strict=True))
+    unlike[panel.chosen[1]] = unlike[panel.chosen[0]].where(unlike.index != "ratio", "2")
+    assert set(runs.short_names(unlike).values()) == {"ratio=1", "ratio=2"}, "what suffices"
     assert ">ratio<" in panel.compared
     for kind in runs_panel.CURVES:
         panel.curve = kind
         assert pixels_of(panel.compared)[0].shape[1] > 300
-    panel.press("choose", house.other.run.folder.name)
+    once = house.once.run.folder.name
+    with patch.object(plots, "accuracy_per_task", wraps=plots.accuracy_per_task) as drawn:
+        put(panel, curve="accuracy", chosen=[name, once])
+    assert drawn.call_args.args[0][""]["fine-tune"] == [None, None, house.once.results["LA"]], "where it was scored"
+    panel.chosen = [name]
     panel.seeds = True
     means = sweeps.over_seeds(house.home).set_index("method")
     assert means.loc["funlora", "LA"] == f"{house.run.results['LA']:.4f}"
     assert means.loc["funlora", "LA"] in panel.table
+    assert "fine-tune" in panel.table
+    panel.words = "smoke-funlora"
+    assert means.loc["funlora", "LA"] in panel.table
+    assert "fine-tune" not in panel.table
+    panel.words = ""
     put(panel, seeds=False, curve="accuracy")
 
 
@@ -425,6 +436,8 @@ def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_
     assert "1 test image recognised: too few to speak of accuracy" in panel.outcome
     assert learned.before == pytest.approx(run.class_accuracies)
     assert panel.seen.count("samples at step") >= 3
+    assert f"loss of the adapter of class {learned.cls}: between" in panel.seen
+    assert len(lines_in(panel.seen)) == 1
     looks = pixels_of(panel.seen)
     assert not np.array_equal(looks[0], looks[-2]), "the samples change while the class is learned"
     assert run.results["accuracy"] == before, "the run's results stay"
@@ -452,6 +465,41 @@ def test_a_drawn_class_is_trained_before_ones_eyes_joins_every_panel_and_leaves_
     assert all(">cross<" in one.body for one in joined)
     panel.press("upload", "x.safetensors", b"nothing")
     assert "x.safetensors" in panel.note
+    assert panel.outcome
+    bench.open(house.other.run.folder.name)
+    assert not panel.outcome, "it spoke of the run before"
+
+
+def lines_in(html: str) -> list[np.ndarray]:
+    """The points (x, y) of every line of the SVG image inside a piece of HTML."""
+    drawn = base64.b64decode(re.search(r'image/svg\+xml;base64,([^"]+)', html)[1]).decode()
+    found = re.findall(r'<polyline points="([^"]+)"', drawn)
+    return [np.array([point.split(",") for point in line.split()], float) for line in found]
+
+
+def test_a_training_is_seen_as_samples_from_the_same_noise_beside_the_curves_of_its_losses():
+    """The losses of two classes fall and rise; what is shown is drawn seldom, however often a training reports."""
+    shown, noise = [], torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
+    watching, begun = images.Watching(lambda *html: shown.append(html)), time.monotonic()
+    for of in ((6, 7), (8, 9)):  # two trainings of the same stage, one after the other
+        for step in range(1, 301):
+            about = {"event": "loss", "stage": "adapter", "step": step, "steps": 300}
+            for cls, loss in zip(of, (400 - step, 10 + step), strict=True):
+                watching.report(about | {"class": cls, "loss": loss})
+            if step % 100 == 0:
+                watching.watch(about | {"classes": list(of), "loss": 1.0}, noise)
+        seen = shown[-1][1]
+        assert (seen.count("samples at step"), len(pixels_of(seen))) == (3, 3), "those of this training alone"
+        assert f"loss of the adapter of class {of[0]}, {of[1]}: between 11 and 399 up to step 300 of 300" in seen
+        falls, rises = lines_in(seen)
+        assert 50 < len(falls) <= 200
+        assert (np.diff(falls[:, 0]) > 0).all()
+        assert (np.diff(falls[:, 1]) > 0).all()
+        assert (np.diff(rises[:, 1]) < 0).all()
+        assert falls[0, 1] < rises[-1, 1] < falls[-1, 1] < rises[0, 1], "399, 310, 102 and 11 on one scale"
+    assert len(shown) <= 7 + (time.monotonic() - begun) / images.EVERY
+    watching.report({"event": "result"})
+    assert shown[-1] == ("", seen), "the bar goes, what was seen stays"
 
 
 def test_a_training_that_is_stopped_goes_on_where_it_stood(house):
@@ -462,13 +510,13 @@ def test_a_training_that_is_stopped_goes_on_where_it_stood(house):
     def train_past(share: float) -> Path:
         """Train until the bar is past a share, stop, and return the file of what was saved."""
         panel.press("train")
-        until(lambda: panel.progress.share > share, panel.thread.is_alive, lambda: panel.bar)
+        until(lambda: panel.watching.progress.share > share, panel.thread.is_alive, lambda: panel.bar)
         panel.press("stop")
         ended(panel, "Stopped")
         return max((house.home / "artefacts").glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime)
 
     first = read_tensors(state := train_past(0.0))[1]["step"]
-    assert read_tensors(train_past(panel.progress.share))[1]["step"] > first > 0
+    assert read_tensors(train_past(panel.watching.progress.share))[1]["step"] > first > 0
     steps = [event["step"] for event in read_lines(state.with_name("log.jsonl"))]
     assert steps == sorted(set(steps)), "it went on from where it had stopped"
 

@@ -215,9 +215,10 @@ def readable(summary: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES)) -
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def over_seeds(where: Path | None = None) -> pd.DataFrame:
-    """Finished runs that differ in their seed alone: how many, and mean ± standard deviation of what they reached."""
-    finished, measures = [run for run in listing(where) if run["results"]], ["LA", "AIA", "recognition", "flow_loss"]
+def over_seeds(where: Path | None = None, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Finished runs (of ``names``) that differ in their seed alone: how many, mean ± standard deviation of measures."""
+    stored, measures = {run["name"]: run for run in listing(where)}, ["LA", "AIA", "recognition", "flow_loss"]
+    finished = [stored[name] for name in (stored if names is None else names) if stored[name]["results"]]
     alike = [canonical({k: v for k, v in run["settings"].items() if k != "seed"}) for run in finished]
     known = [run["settings"] | run["results"] for run in finished]
     frame = pd.DataFrame(known, columns=["preset", "method", *measures]).astype(dict.fromkeys(measures, float))

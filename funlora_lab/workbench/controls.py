@@ -44,11 +44,6 @@ def button(
     return f'<button type="button" {how}>{escape(label)}</button>'
 
 
-def upload(act: str, label: str, accept: str) -> str:
-    """Hands a file of the user's to ``press_<act>(name, content)``."""
-    return f'<label>{escape(label)} <input type="file" accept="{accept}" data-press="{act}"></label>'
-
-
 def film_controls(frames: int) -> str:
     """Play, pause and a slider of the time from noise, 0, to image, 1, of all films of a panel; no kernel needed."""
     how = f'min="0" max="1" step="{1 / (frames - 1):g}" value="1"'

@@ -1,9 +1,10 @@
-"""Images of classes from the same noise across tasks and runs, from changed numbers, and on their way from noise.
+"""Images of classes from the same noise across tasks and runs, from changed numbers, on their way, and in training.
 
 Letters: N images of C channels and H x W pixels, K rows. Images are uint8 (N, C, H, W).
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from operator import itemgetter
@@ -22,8 +23,10 @@ from funlora_lab.training import Event
 from funlora_lab.workbench import markup
 from funlora_lab.workbench.layers import ALONE
 from funlora_lab.workbench.markup import Markup
+from funlora_lab.workbench.runs import Progress
 
 FRAMES = 17  # states of a film
+EVERY = 0.25  # seconds, at least, between two moments of a training that are shown
 
 
 def identical(images: Sequence[Tensor]) -> bool:
@@ -135,18 +138,44 @@ class SameNoise:
         return markup.sheet(lines, ("", "same noise", "drift, of 255", "taken for"))
 
 
-def watched(looks: list[tuple[Event, Tensor]], event: Event, images: Tensor) -> str:
-    """Add a look at a training to those before (of this training alone): a row of images each, beside its loss."""
-    training = itemgetter("stage", "classes", "steps")
-    if looks and (training(looks[-1][0]) != training(event) or looks[-1][0]["step"] >= event["step"]):
-        looks.clear()
-    looks.append((event, images))
-    rows = [
-        [f"step {e['step']:,}", markup.picture(drawn, f"samples at step {e['step']}"), f"loss {e['loss']:.4f}"]
-        for e, drawn in looks
-    ]
-    what = " of class ".join(filter(None, [event["stage"], ", ".join(map(str, event["classes"]))]))
-    return f"<b>{escape(what)}, in training: samples from the same noise</b>{markup.sheet(rows)}"
+class Watching:
+    """Shows a training of which a runtime's ``report`` and ``watch`` tell: ``show`` is given a bar and what is seen."""
+
+    def __init__(self, show: Callable[[str, str], None]):
+        self.show, self.progress, self.bar, self.shown = show, Progress(), "", 0.0
+        self.looks, self.losses = [], {}  # (event, row of a table) of one training; (stage, class) -> [(step, loss)]
+
+    def report(self, event: Event) -> None:
+        """Take note of an event; one that is read back from disk is shown with the next that is not."""
+        share, sentence = self.progress.see(event)
+        if event["event"] == "loss":
+            line = self.losses.setdefault((event["stage"], event.get("class")), [])
+            line[:] = [point for point in line if point[0] < event["step"]] + [(event["step"], event["loss"])]
+        if not event.get("replayed"):
+            self.bar = markup.bar(share, escape(sentence)) if event["event"] != "result" else ""
+            self._show(at_once=not self.bar)
+
+    def watch(self, event: Event, images: Tensor) -> None:
+        """Add a look at a training to those before, of this training alone."""
+        training, step = itemgetter("stage", "classes", "steps"), event["step"]
+        before = [one for one in self.looks if training(one[0]) == training(event) and one[0]["step"] < step]
+        self.looks = [*before, (event, [f"step {step:,}", markup.picture(images, f"samples at step {step}")])]
+        self._show(at_once=True)
+
+    def _show(self, at_once: bool) -> None:
+        if at_once or time.monotonic() - self.shown > EVERY:
+            self.show(self.bar, self.seen() if self.looks else "")
+            self.shown = time.monotonic()
+
+    def seen(self) -> str:
+        """A row of images a look, beside the curve of the loss, a line a class."""
+        event, _ = self.looks[-1]
+        lines = [self.losses.get((event["stage"], cls), []) for cls in event["classes"] or [None]]
+        lines = list(filter(None, lines)) or [[(look["step"], look["loss"]) for look, _ in self.looks]]
+        what = " of class ".join(filter(None, [event["stage"], ", ".join(map(str, event["classes"]))]))
+        curves = markup.curves(lines, event["steps"], f"loss of the {what}")
+        title = f"<b>{escape(what)}, in training: samples from the same noise, and the loss</b>"
+        return f'{title}<div class="row">{markup.sheet([row for _, row in self.looks])}{curves}</div>'
 
 
 def tested(run: OpenRun) -> tuple[Tensor, Tensor]:

@@ -70,11 +70,8 @@ def function_picture(view: FunctionView, side: int = 200) -> Markup:
     (O, I), left, top, bar = view.F.shape, 20, 36, 10
     height, width, x, reach = side * O / max(O, I), side * I / max(O, I), 20 + bar + 4, reach_of(view.F)
     right, chart, floor = x + width + 98, 1.25 * side, 9.0  # down to 1e-9 of the largest value
-    step, shares = (
-        chart / len(view.singular),
-        (view.singular / view.singular[0].clamp_min(1e-300)).clamp_min(10**-floor),
-    )
-    bars = []
+    shares = (view.singular / view.singular[0].clamp_min(1e-300)).clamp_min(10**-floor)
+    step, bars = chart / len(shares), []
     for i, tall in enumerate((side * (1 + shares.log10() / floor)).clamp_min(1).tolist()):
         colour, words = BLUE if i < view.rank else GREY, f"singular value {i + 1}: {view.singular[i]:.3g}"
         bars.append(svg_box(right + i * step, top + side - tall, max(step - 1, 1), tall, colour, words))
@@ -204,7 +201,7 @@ class AdaptedLayers:
         """``unet_picture`` of the run: the mean over classes of a measure, or one class (by name)."""
         frame = self.values(measure)
         values = (frame.loc[cls] if cls in frame.index else frame.mean()).to_dict()
-        title = f"{measure}, {f'class {cls}' if cls in frame.index else 'mean over the classes after task 1'}"
+        title = f"{measure}, {f'class {cls}' if cls in frame.index else 'mean of the later classes'}"
         return unet_picture(unet_layers(self.run.experiment), values, title, chosen, off)
 
 

@@ -52,26 +52,20 @@ class LensPanel(Working):
             select("function", "function", functions),
             select("measure", "colour", [(name, name) for name in fits]),
         )
-        below = (
-            place("samples")
-            + row(film_controls(FRAMES), field("text", "state"))
-            + self.work_places
-            + place("note", "note")
-        )
+        films = row(film_controls(FRAMES), field("text", "state"))
+        below = [place("samples"), films, self.work_places, place("note", "note"), place("seen")]
         with self.quietly():
             self.measure = self.measure if self.measure in fits else fits[0]
             self.body = (
                 f'<div class="funlora-lens"><div class="whole">{head}</div>'
                 f"{place('unet', 'whole')}{place('sliders')}{place('picture')}"
-                f'<div class="whole">{below}{place("seen")}</div></div>'
+                f'<div class="whole">{"".join(below)}</div></div>'
             )
         bend = self.bend or start
         try:
-            bend = replace(bend, function="" if bend.function == own else bend.function)
-            self.lens.check(bend)
+            self._become(replace(bend, function="" if bend.function == own else bend.function), remember=False)
         except LabError:  # the state of a run before, which this one does not have
-            bend = start
-        self._become(bend, remember=False)
+            self._become(start, remember=False)
 
     def press_reset(self) -> None:
         """Back to what was learned; the class and the layer stay."""
@@ -136,7 +130,11 @@ class LensPanel(Working):
                 self.picture = markup.problem(reason)
         if not before or not self.unet or (bend.off, bend.cls, bend.layer) != (before.off, before.cls, before.layer):
             self._draw_unet()
-        self._wake(bend)
+        if self.samples:
+            self.note = OLD
+            self.drawer.wake()
+        else:  # the first time, which a page waits for
+            self._draw_samples(bend, solver_of(self.run.experiment))
 
     def _set_sliders(self, bend: Bend) -> None:
         numbers, names, columns = self.lens.numbers(bend, bend.layer), self._names(bend), []
@@ -159,14 +157,6 @@ class LensPanel(Working):
         name = self.run.known[self.bend.cls]
         self.unet = self.lens.adapted.heatmap(self.measure, name, self.bend.layer, self.bend.off).html
 
-    def _wake(self, bend: Bend) -> None:
-        """Have the images drawn: here the first time, afterwards by a thread that skips what is no longer asked for."""
-        if not self.samples:
-            self._draw_samples(bend, solver_of(self.run.experiment))
-            return
-        self.note = OLD
-        self.drawer.wake()
-
     def _follow(self) -> None:
         self._draw_samples(self.bend, Solver("midpoint", QUICK), coarse=True)
         if not self.drawer.moved.wait(REST):
@@ -186,7 +176,7 @@ class LensPanel(Working):
         if bend.function not in ("", lens.method):
             why = f"The samples are of what {lens.method} learned; F is of {bend.function} on its A and B."
             train = f"<div class='row'>{why} {button('train', f'Train with {bend.function}', 'main')}</div>"
-        about = f"<span class='soft'>same noise; {words}; outlined: not recognised</span>"
+        about = f"<span class='soft'>same noise; {words}; outlined: not recognised at time 1</span>"
         self.samples = f"{train}{markup.sheet(rows)}{about}"
         if self.note == OLD and bend is self.bend:
             self.note = ""

@@ -27,11 +27,13 @@ class Markup:
     def __init__(self, html: str, words: str = ""):
         self.html, self.words = html, words
 
+    def image(self) -> str:
+        """An SVG as an ``img`` on a white card."""
+        address = data_address(self.html.encode(), "image/svg+xml")
+        return f'<img alt="{escape(self.words)}" style="background-color:#fff" src="{address}">'
+
     def __str__(self) -> str:
-        shown = self.html
-        if self.words:
-            address = data_address(self.html.encode(), "image/svg+xml")
-            shown = f'<img alt="{escape(self.words)}" style="background-color:#fff" src="{address}">'
+        shown = self.image() if self.words else self.html
         return f'{STYLE}<div class="funlora tex2jax_ignore mathjax_ignore">{shown}</div>'
 
     _repr_html_ = __str__
@@ -136,6 +138,22 @@ def svg(width: float, height: float, parts: Sequence[str], words: str, role: str
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     about = f'role="{role}" aria-label="{escape(words)}" font-size="12"'
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>', words)
+
+
+def curves(lines: Sequence[Sequence[tuple[float, float]]], last: float, words: str) -> str:
+    """Small lines through points (step, value) up to step ``last``, on a linear scale whose ends are written down."""
+    values = [value for line in lines for _, value in line]
+    low, high, left, top, width, height = min(values), max(values), 44, 8, 210, 110
+    parts = [element("path", d=f"M{left} {top}v{height}h{width}", fill="none", stroke=GREY)]
+    for line in lines:
+        some = line[:: len(line) // 200 + 1]
+        spots = (f"{left + width * x / last:.1f},{top + height * (high - y) / (high - low or 1):.1f}" for x, y in some)
+        parts.append(element("polyline", points=" ".join(spots), fill="none", stroke=BLUE, stroke_width=1.5))
+    for y, value in ((top + 9, high), (top + height, low)):
+        parts.append(svg_text(left - 5, y, f"{value:.3g}", "end"))
+    parts.append(svg_text(left, top + height + 15, f"step 0 to {last:,}"))
+    words = f"{words}: between {low:.3g} and {high:.3g} up to step {lines[0][-1][0]:,} of {last:,}"
+    return svg(left + width + 8, top + height + 20, parts, words).image()
 
 
 def element(name: str, inside: str = "", **attributes: str | float) -> str:

@@ -15,7 +15,7 @@ from funlora_lab.continual import LEAST, OwnClass, images_in, learn
 from funlora_lab.errors import LabError
 from funlora_lab.store import safe_name, write_atomically
 from funlora_lab.workbench import markup
-from funlora_lab.workbench.controls import button, check, field, place, row, slider, upload
+from funlora_lab.workbench.controls import button, check, field, place, row, slider
 from funlora_lab.workbench.layers import ALONE
 from funlora_lab.workbench.panel import Working, held
 
@@ -46,9 +46,10 @@ class OwnClassPanel(Working):
         super().__init__(bench)
 
     def renew(self) -> None:
-        e, run = self.run.experiment, self.run
-        size = e.image_size
+        e, run, size = self.run.experiment, self.run, self.run.experiment.image_size
         draws = size <= LARGEST and e.channels == 1
+        if self.learned and self.learned.run.run is not run.run:
+            self.outcome = self.seen = self.bar = ""
         if not run.generator.frozen:
             self.body = markup.problem(f"The method {e.method} has no frozen base to add a class to: open another run.")
             return
@@ -72,9 +73,8 @@ class OwnClassPanel(Working):
             for i in range(size**2)
         )
         grid = f'<div class="cells" style="grid-template-columns:repeat({size},24px)">{"".join(cells)}</div>'
-        acts = {"add": "Add the drawing", "clear": "Clear the canvas", "forget": "Forget all drawings"}.items()
-        acts = [button(act, words) for act, words in acts]
-        return f"<p>{DRAWN}</p>" + row(grid, f"<div>{row(*acts)}{place('drawn')}</div>")
+        acts = ("add", "Add the drawing"), ("clear", "Clear the canvas"), ("forget", "Forget all drawings")
+        return f"<p>{DRAWN}</p>" + row(grid, f"<div>{row(*(button(*act) for act in acts))}{place('drawn')}</div>")
 
     def press_add(self) -> None:
         if not any(self.pixels):
@@ -160,4 +160,5 @@ class OwnClassPanel(Working):
             pressed = [button(act, words, "", cls, f"{words} class {names[cls]}") for act, words in acts.items()]
             rows.append([f"<b>{escape(names[cls])}</b>", f"{about}{', taken out' * (cls in removed)}", *pressed])
         listed = f'<div class="scrolls" style="max-height:180px">{markup.sheet(rows)}</div>'
-        self.files = f"<b>Classes of this run as files</b>{listed}{row(upload('upload', 'Import a class', SUFFIX))}"
+        brought = f'<label>Import a class <input type="file" accept="{SUFFIX}" data-press="upload"></label>'
+        self.files = f"<b>Classes of this run as files</b>{listed}{row(brought)}"

@@ -8,8 +8,7 @@ from functools import cached_property
 from html import escape
 
 from IPython import get_ipython
-from IPython.display import display
-from torch import Tensor
+from IPython.display import DisplayHandle, display
 from traitlets import Unicode
 
 from funlora_lab.adapters import METHODS
@@ -19,12 +18,12 @@ from funlora_lab.errors import LabError
 from funlora_lab.experiment import Experiment
 from funlora_lab.presets import configured
 from funlora_lab.store import Run
-from funlora_lab.training import Event, Runtime
+from funlora_lab.training import Runtime
 from funlora_lab.workbench import report, runs
 from funlora_lab.workbench.controls import button, place, row
-from funlora_lab.workbench.images import watched
+from funlora_lab.workbench.images import Watching
 from funlora_lab.workbench.lens_panel import LayerPanel, LensPanel
-from funlora_lab.workbench.markup import Markup, bar, data_address, problem
+from funlora_lab.workbench.markup import Markup, data_address, problem
 from funlora_lab.workbench.own_class_panel import OwnClassPanel
 from funlora_lab.workbench.panel import Working, held
 from funlora_lab.workbench.runs_panel import RunsPanel
@@ -113,34 +112,16 @@ class Workbench:
                 self.lens.function = new[-1]
 
 
-class Shown:
-    """A run in training, in a notebook's cell: a bar, and what it draws meanwhile; nothing of one that is stored."""
-
-    def __init__(self):
-        self.progress, self.looks, self.cell, self.bar, self.seen = runs.Progress(), [], None, "", ""
-
-    def report(self, event: Event) -> None:
-        share, sentence = self.progress.see(event)
-        if not event.get("replayed"):
-            self.bar = bar(share, escape(sentence)) if event["event"] != "result" else ""
-            self._show()
-
-    def watch(self, event: Event, images: Tensor) -> None:
-        self.seen = watched(self.looks, event, images)
-        self._show()
-
-    def _show(self) -> None:
-        html = {"text/html": str(Markup(self.bar + self.seen))}
-        if self.cell:
-            self.cell.update(html, raw=True)
-        else:
-            self.cell = display(html, raw=True, display_id=True)
-
-
 def trained(experiment: Experiment, device: str = "auto") -> OpenRun:
     """The run of an experiment; what is missing of it is trained before the reader's eyes."""
-    shown = Shown()
-    return open_run(experiment, device, shown.report, watch=shown.watch)
+    cell = DisplayHandle().display_id
+
+    def show(progress: str, seen: str) -> None:
+        html = {"text/html": str(Markup(progress + seen))}
+        display(html, raw=True, display_id=cell, update=watching.shown > 0)
+
+    watching = Watching(show)
+    return open_run(experiment, device, watching.report, watch=watching.watch)
 
 
 def open_workbench(preset_name="digits", method="funlora", seed=0, settings="", device="auto") -> Workbench:

@@ -5,7 +5,6 @@ handful of models, and it runs without a browser, where an ``Output`` or ``inter
 """
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,8 @@ from traitlets import TraitType, Unicode
 from funlora_lab.errors import LabError, Stopped
 from funlora_lab.training import Runtime
 from funlora_lab.workbench import controls
-from funlora_lab.workbench.images import watched
+from funlora_lab.workbench.images import Watching
 from funlora_lab.workbench.markup import bar, problem
-from funlora_lab.workbench.runs import Progress
 
 HERE = Path(__file__).parent
 STOPPED = "Stopped. What was done is saved: the same button goes on from there."
@@ -30,7 +28,7 @@ def held(kind: type[TraitType], *arguments) -> TraitType:
 
 
 class Panel(anywidget.AnyWidget):
-    """A panel of a workbench; ``form`` writes its body, ``renew`` follows the run that the workbench shows."""
+    """A panel of a workbench; ``renew`` writes its body for the run and the classes that the workbench shows now."""
 
     _esm, _css = HERE / "panel.js", HERE / "panel.css"
     body, note = held(Unicode), held(Unicode)
@@ -47,10 +45,6 @@ class Panel(anywidget.AnyWidget):
 
     run = property(lambda self: self.bench.run)
     classes = property(lambda self: [(name, cls) for cls, name in self.run.known.items()])
-
-    def renew(self) -> None:
-        """Take over what the workbench shows now: another run, or one with other classes."""
-        raise NotImplementedError
 
     def press(self, act: str, value: str = "", *buffers: bytes) -> None:
         """What a button does; a user's error becomes a sentence in ``note``."""
@@ -109,23 +103,24 @@ class Working(Panel):
     work_places = controls.row(controls.place("bar"), controls.place("halt"))
 
     def __init__(self, bench):
-        self.thread, self._asked, self._shown, self.looks = threading.Thread(), threading.Event(), 0.0, []
+        self.thread, self._asked, self.watching = threading.Thread(), threading.Event(), Watching(self._tell)
         super().__init__(bench)
 
     @property
     def runtime(self) -> Runtime:
-        """One that listens to Stop, reports to the bar and shows what is drawn in training."""
+        """One that listens to Stop, and shows how far it is and what is drawn in training."""
         asked = {"stop": lambda: STOPPED if self._asked.is_set() else None, "save_seconds": 5.0}
-        asked |= {"watch": lambda event, images: self.set_trait("seen", watched(self.looks, event, images))}
-        return Runtime(self.run.runtime.device, report=lambda event: self.say(*self.progress.see(event)), **asked)
+        return Runtime(self.run.runtime.device, report=self.watching.report, watch=self.watching.watch, **asked)
+
+    def _tell(self, progress: str, seen: str) -> None:
+        self.bar, self.seen = progress, seen
 
     def begin(self, work: Callable[[], None]) -> None:
         if self.thread.is_alive():
             raise LabError("This panel is still at work: wait, or press Stop.")
         self._asked.clear()
-        self.seen = ""
-        self.progress = Progress()
-        self.say(0.0, "Working.", at_once=True)
+        self.watching = Watching(self._tell)
+        self._tell(bar(0.0, "Working."), "")
         self.halt = controls.button("stop", "Stop", "halt")
         self.thread = threading.Thread(target=self._work, args=(work,), daemon=True)
         self.thread.start()
@@ -145,10 +140,4 @@ class Working(Panel):
     def press_stop(self) -> None:
         self._asked.set()
         self.halt = ""
-        self.say(self.progress.share, "Stopping at the next step.", at_once=True)
-
-    def say(self, share: float, sentence: str, at_once: bool = False) -> None:
-        """Show the share that is done, in [0, 1], and a sentence: at most ten times a second."""
-        if at_once or time.monotonic() - self._shown > 0.1:
-            self._shown = time.monotonic()
-            self.bar = bar(share, sentence)
+        self.bar = bar(self.watching.progress.share, "Stopping at the next step.")

@@ -1,6 +1,7 @@
 """A run as one HTML page (no script, no link, no network): results, figures, certificate, settings, provenance."""
 
 import shlex
+from contextlib import suppress
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -52,7 +53,7 @@ def write(run: OpenRun, path: Path | None = None) -> Path:
 
 
 def page(run: OpenRun) -> str:
-    e, r, made = run.experiment, run.results, dict(run.results["provenance"])
+    e, r = run.experiment, run.results
     title, now = f"{e.preset}, {e.method}, seed {e.seed}", datetime.now(UTC).isoformat(" ", "seconds")
     summary = {words: measured(r[name]) for name, words in SUMMARY.items() if name in r}
     summary["numbers learned for one class (PPC)"] = f"{r['PPC']:,}"
@@ -68,18 +69,15 @@ def page(run: OpenRun) -> str:
         drawn["Samples after every task"] = keep.samples_after_every_task(run)
     sections |= {words: markup.figure(one, words) for words, one in drawn.items()}
     if run.generator.rows:
-        try:
+        with suppress(LabError):  # of a method that changes inputs, not weights
             sections["What the adapters change"] = AdaptedLayers(run).heatmap("change of the weights").html
-        except LabError as reason:
-            sections["What the adapters change"] = f"<p>{escape(str(reason))}</p>"
     command = shlex.join(["funlora", *arguments(e)]) if e.preset in PRESETS else "no preset of this name is known here"
     settings = markup.table({name: shown(value) for name, value in e.flat.items()})
     sections["Certificate of no forgetting"] = certificate(run)
     sections["Settings"] = f"<p><code>{escape(command)}</code></p><details><summary>all</summary>{settings}</details>"
-    facts = made | made.pop("versions", {}) | {f"data, {name}": v for name, v in made.pop("data", {}).items() if v}
-    sections["Provenance"] = markup.table(
-        {name: str(facts[name]) for name in facts if name not in ("data", "versions")}
-    )
+    made = {"versions": {}, "data": {}} | r["provenance"]
+    made |= made.pop("versions") | {f"data, {name}": value for name, value in made.pop("data").items() if value}
+    sections["Provenance"] = markup.table({name: str(value) for name, value in made.items()})
     parts = [f"<h2>{escape(name)}</h2><div class='wide'>{html}</div>" for name, html in sections.items()]
     head = f'<h1>FunLoRA run: {escape(title)}</h1><p class="soft">{escape(run.run.folder.name)}</p>'
     foot = f'<p class="soft">Written by funlora-lab {__version__} on {now}.</p>'

@@ -48,8 +48,11 @@ def differences(names: Sequence[str], where: Path | None = None) -> pd.DataFrame
 
 
 def short_names(unlike: pd.DataFrame) -> dict[str, str]:
-    """The runs of ``differences`` by what tells them apart, for a legend: methods by name, other settings key=value."""
-    words = {n: " ".join(v if k == "method" else f"{k}={v}" for k, v in unlike[n].items()) for n in unlike}
+    """The runs of ``differences`` by settings that suffice to tell them apart: methods by name, others as key=value."""
+    words = dict.fromkeys(unlike, "")
+    for key in sorted(unlike.index, key=lambda key: key != "method"):
+        more = {n: f"{words[n]} {'' if key == 'method' else f'{key}='}{unlike.loc[key, n]}".strip() for n in words}
+        words = more if len({*more.values()}) > len({*words.values()}) else words
     return words if len({*words.values()} - {""}) == len(words) else {name: name for name in words}
 
 

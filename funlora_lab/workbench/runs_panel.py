@@ -71,16 +71,17 @@ class RunsPanel(Panel):
 
     def refresh(self) -> None:
         """The table, a row a button that chooses the run, and one button a run to stop or to resume."""
+        frame = self.frame()
         if self.seeds:
-            shown = markup.table(sweeps.over_seeds(self.home).set_index("preset"))
-            self.table = f'<div class="scrolls" style="height:190px">{shown}</div>'
+            shown = markup.table(sweeps.over_seeds(self.home, frame["run"]).set_index("preset"))
+            self.table = f'<div class="scrolls" style="height:240px">{shown}</div>'
             return
-        frame, shown = self.frame(), self.run.run.folder.name
+        shown = self.run.run.folder.name
         named = [button("choose", name, "", name, pressed=name in self.chosen) for name in frame["run"]]
         table = frame.drop(columns=["run", "preset", "method", "seed", "seconds"]).map(_shown)
         table.insert(0, "run", named)
         count = f"{len(frame)} run{'s'[: len(frame) != 1]}, {len(self.chosen)} chosen; the panels show {shown}"
-        look = 'class="scrolls runs" style="height:190px" tabindex="0" role="region" aria-label="runs"'
+        look = 'class="scrolls runs" style="height:240px" tabindex="0" role="region" aria-label="runs"'
         self.table = f"<div {look}>{table.to_html(border=0, index=False, escape=False)}</div>{count}"
         states, acts = frame.set_index("run")["state"].to_dict(), []
         started = [name for name, run in self.started.items() if run.going]
@@ -121,18 +122,16 @@ class RunsPanel(Panel):
             with suppress(LabError):  # damaged or of another version: its log has no agreed meaning
                 run = OpenRun(Run.at(self.home / name), self.run.runtime)
                 loss = run.losses(self.curve).groupby("images")["loss"].mean()
-                if self.curve == "accuracy" and run.averages:
-                    averages[names[name]] = run.averages
+                scored = {event["task"]: event["average"] for event in run.accuracies}
+                if self.curve == "accuracy" and scored:  # perhaps after the last task alone
+                    averages[names[name]] = [scored.get(task) for task in range(1, max(scored) + 1)]
                 elif len(loss):
                     losses[names[name]] = (loss.index, loss)
         drawn = plots.accuracy_per_task({"": averages}) if averages else None
         drawn = plots.training_curves(losses, f"losses of the {self.curve}") if losses else drawn
         parts = [markup.figure(drawn, f"{self.curve} of {', '.join(names.values())}")] if drawn else []
-        parts += (
-            [f"<div><b>Settings that differ</b>{markup.table(unlike.rename(columns=names))}</div>"]
-            if len(unlike)
-            else []
-        )
+        if len(unlike):
+            parts.append(f"<div><b>Settings that differ</b>{markup.table(unlike.rename(columns=names))}</div>")
         self.compared = row(*parts)
 
     def press_start(self) -> None:

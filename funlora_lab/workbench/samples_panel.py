@@ -43,16 +43,16 @@ class SamplesPanel(Panel):
                 self.solver, self.steps, self.seed = e.solver, e.steps, e.seed
             known = [cls for _, cls in classes]
             self.picked = [cls for cls in self.picked if cls in known] or known[:10]
-            choice = picks("picked", "classes", classes)
-            chosen = row(select("view", "show", [(view, view) for view in VIEWS]), choice)
+            chosen = row(select("view", "show", [(v, v) for v in VIEWS]), picks("picked", "classes", classes))
             self.body = chosen + place("how") + place("note") + place("pictures")
             self._form()
         self.redraw()
 
     def _form(self) -> None:
         """Only the controls that mean something to what is shown."""
-        steps = [] if Solver(self.solver).adaptive else [slider("steps", "steps", 1, max(20, self.steps))]
-        parts = [select("solver", "solver", [(name, name) for name in SOLVERS]), *steps]
+        own = self.run.generator.draws and self.run.source(self.classes[0][1]).solver  # that of a diffusion
+        parts = [] if own else [select("solver", "solver", [(name, name) for name in SOLVERS])]
+        parts += [] if own or Solver(self.solver).adaptive else [slider("steps", "steps", 1, max(20, self.steps))]
         parts += [slider("count", "images", 1, 16), field("seed", "seed of the noise", "number", 90)]
         self.how = row(*parts, *([film_controls(FRAMES)] if self.view == PATH else []))
 
@@ -71,8 +71,6 @@ class SamplesPanel(Panel):
     def draw(self) -> None:
         view, noise, drawn = self.view, self.noise, []
         try:
-            if not self.run.generator.draws:
-                raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
             if not self.picked:
                 raise LabError("No class is chosen: choose one or more.")
             if view == MIXED:
