@@ -97,8 +97,9 @@ def prior_tiny() -> str:
     table, columns = Table("08-systems", "cifar10-tiny"), ("own LA %", "LA % on samples", "images trained")
     count = re.search(r"(\S+) samples a class", table.caption).group(1)
     lines = [
-        f"The prior systems there (notebook 08, {table.link}), at FunLoRA's images (`replay_budget=new`) and",
-        f"{count} samples a class: LA by the classifier that a system trains along, and by a new one of its samples.",
+        f"The prior systems there, one seed, on as many images as FunLoRA (`replay_budget=new`), {count} samples",
+        f"a class, notebook 08 ({table.link}):",
+        "LA by the classifier that a system trains along, and by a new one of its samples.",
         "",
         "| system | own LA % | LA % on samples | images trained |",
         "|---|---|---|---|",
