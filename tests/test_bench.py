@@ -12,7 +12,8 @@ from contenders import torchcfm_unet
 from funlora_lab import LabError, preset
 from funlora_lab.__main__ import main
 from funlora_lab.systems import build_unet
-from funlora_lab.training import Runtime, has_bf16
+from funlora_lab.training import Runtime
+from funlora_lab.training.device import has_bf16
 
 TINY = preset("smoke").but(base_channels=32, multipliers=(1,), window="2-5", image_size=4)
 CPU = torch.device("cpu")

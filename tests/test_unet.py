@@ -1,5 +1,6 @@
 """The U-Net is the paper's to the digit, each layer computes what its namesake does, and every way to run it agrees."""
 
+import contextlib
 import math
 import os
 import subprocess
@@ -272,6 +273,23 @@ def test_weights_rounded_at_once_give_the_bits_of_autocast(monkeypatch):
             v = functional_call(net, weights, (t, x, y))
         found.append([v, *torch.autograd.grad(v.float().square().sum(), list(net.parameters()))])
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_block_of_computing_on_a_gpu_is_deterministic_without_cudnn_s_attention_and_exact_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: contextlib.nullcontext())
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def switches():
+        attention = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, *attention
+
+    before, gpu = switches(), torch.device("cuda")
+    for without, exact, expected in (("", False, True), ("determinism", False, False), ("determinism", True, True)):
+        monkeypatch.setenv("FUNLORA_WITHOUT", without)
+        with device.computing(gpu, exact):
+            assert switches() == (expected, not exact, False, False)
+        assert switches() == before
+    assert before[1:] == (True, True, True), "what PyTorch does by itself"
 
 
 def test_classes_side_by_side_on_a_gpu_are_unfolded_only_where_they_are_small():
