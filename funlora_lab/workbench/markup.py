@@ -136,7 +136,7 @@ def coloured(values: np.ndarray, low: float, high: float, name: str = "RdBu_r") 
 
 def svg(width: float, height: float, parts: Sequence[str], words: str, role: str = "img") -> Markup:
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-    about = f'role="{role}" aria-label="{escape(words)}" font-size="12"'
+    about = f'role="{role}" aria-label="{escape(words)}" font-size="12" font-family="system-ui,sans-serif"'
     return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {about}>{"".join(parts)}</svg>', words)
 
 
@@ -148,7 +148,7 @@ def curves(lines: Sequence[Sequence[tuple[float, float]]], last: float, words: s
     for line in lines:
         some = line[:: len(line) // 200 + 1]
         spots = (f"{left + width * x / last:.1f},{top + height * (high - y) / (high - low or 1):.1f}" for x, y in some)
-        parts.append(element("polyline", points=" ".join(spots), fill="none", stroke=BLUE, stroke_width=1.5))
+        parts.append(element("polyline", points=" ".join(spots), fill="none", stroke=BLUE, stroke_width=2.0))
     for y, value in ((top + 9, high), (top + height, low)):
         parts.append(svg_text(left - 5, y, f"{value:.3g}", "end"))
     parts.append(svg_text(left, top + height + 15, f"step 0 to {last:,}"))
