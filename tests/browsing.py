@@ -91,11 +91,11 @@ def _token(folder: Path, server: subprocess.Popen) -> str:
     """The token that the server made for itself, once it listens."""
     for _ in range(600):
         for path in (folder / "runtime").glob("jpserver-*.json"):
-            told = json.loads(path.read_text())
             try:
+                told = json.loads(path.read_text())
                 urllib.request.urlopen(told["url"] + "api", timeout=5)
                 return told["token"]
-            except OSError:
+            except (OSError, json.JSONDecodeError):  # it does not listen yet, or is still writing the file
                 pass
         assert server.poll() is None, (folder / "server.log").read_text()
         time.sleep(0.1)
