@@ -71,6 +71,8 @@ class SamplesPanel(Panel):
     def draw(self) -> None:
         view, noise, drawn = self.view, self.noise, []
         try:
+            if not self.run.generator.draws:
+                raise LabError(f"The run {self.run.run.folder.name} draws no images: its method trains no generator.")
             if not self.picked:
                 raise LabError("No class is chosen: choose one or more.")
             if view == MIXED:
