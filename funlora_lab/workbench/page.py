@@ -117,8 +117,7 @@ def trained(experiment: Experiment, device: str = "auto") -> OpenRun:
     cell = DisplayHandle().display_id
 
     def show(progress: str, seen: str) -> None:
-        html = {"text/html": str(Markup(progress + seen))}
-        display(html, raw=True, display_id=cell, update=watching.shown > 0)
+        display({"text/html": str(Markup(progress + seen))}, raw=True, display_id=cell, update=watching.shown > 0)
 
     watching = Watching(show)
     return open_run(experiment, device, watching.report, watch=watching.watch)
