@@ -42,6 +42,10 @@ class Lease:
         KEEP.mkdir(parents=True, exist_ok=True)
         OUT.mkdir(parents=True, exist_ok=True)
         self.log = (OUT / "lease.log").open("a")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # of what is called: os.environ itself must not change while another thread starts a process
+        self.environment = os.environ | {"FUNLORA_HOME": str(KEEP / "runs"), "PYTHONUNBUFFERED": "1"}
+        self.environment |= {"FUNLORA_SAVE_SECONDS": "300", "PYTHONPATH": path}
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -53,7 +57,7 @@ class Lease:
     def call(self, seconds: float, name: str, *command: str | Path) -> str:
         """Python with these words for at most so many seconds -> its last line; its errors go to KEEP/<name>.err."""
         with (KEEP / f"{name}.err").open("a") as errors:
-            given = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            given = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "env": self.environment}
             with subprocess.Popen([sys.executable, *map(str, command)], **given) as process:
                 timer = threading.Timer(max(seconds, 1), process.terminate)
                 timer.start()
@@ -84,19 +88,18 @@ class Lease:
 
 
 def main(seconds: float) -> None:
-    lease, begun = Lease(seconds), time.monotonic()
     if archive := os.environ.get("ARCHIVE"):
         os.environ["DATA"] = f"data=folder data_root={KEEP / 'data'}"
-    os.environ |= {"FUNLORA_HOME": str(KEEP / "runs"), "PYTHONUNBUFFERED": "1", "FUNLORA_SAVE_SECONDS": "300"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    lease, begun = Lease(seconds), time.monotonic()
     reading = threading.Thread(target=lease.call, args=(600, "data", HERE / "parts.py", "data", archive or "", KEEP))
     reading.start()  # pictures are unpacked and decoded while others check and measure
     base = KEEP / "base.safetensors"
     if (carried := os.environ.get("CARRIED")) and not base.exists():
         lease.call(60, "unpack", HERE / "parts.py", "unpack", carried, KEEP)
     lease.once(CHECK, "check", HERE / "parts.py", "check", KEEP)
-    os.environ["FUNLORA_WITHOUT"] = (KEEP / "without").read_text() if (KEEP / "without").exists() else ""
-    lease.say(f"without: {os.environ['FUNLORA_WITHOUT'] or 'nothing'}")
+    without = (KEEP / "without").read_text() if (KEEP / "without").exists() else ""
+    lease.environment = {**lease.environment, "FUNLORA_WITHOUT": without}
+    lease.say(f"without: {without or 'nothing'}")
     lease.once(SPEED, "speed", HERE / "parts.py", "speed", KEEP, str(SPEED - 15))
     reading.join()
     lease.run("cifar10-quick", *words("DATA", "SETTINGS"))
