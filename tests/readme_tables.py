@@ -100,6 +100,7 @@ def prior_tiny() -> str:
         f"The prior systems there, one seed, on as many images as FunLoRA (`replay_budget=new`), {count} samples",
         f"a class, notebook 08 ({table.link}):",
         "LA by the classifier that a system trains along, and by a new one of its samples.",
+        "JDCL sees the new images of a task twice.",
         "",
         "| system | own LA % | LA % on samples | images trained |",
         "|---|---|---|---|",
